@@ -1,0 +1,144 @@
+"""The algorithm contract: a config dataclass and a class with `update(batch) -> metrics`, in one file each."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robopost.data.batch import Batch, Spec
+from robopost.errors import CheckpointError
+from robopost.policies.base import Policy
+
+Metrics = dict[str, Tensor]
+REGIMES = ("offline", "offpolicy", "onpolicy")
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an algorithm asks of its loop.
+
+    Attributes:
+        regime: which loop runs it: "offline", "offpolicy" or "onpolicy".
+        chunks: True when batches hold action chunks (B, H, A) of the policy's horizon (behaviour cloning).
+        batch_size: samples per update.
+        n_step, gamma: how the sampler forms reward and discount.
+        updates_per_step: updates per environment step (UTD); off-policy only.
+        warmup_steps: environment steps of random actions before the first update; off-policy only.
+        rollout_steps: steps per environment in one rollout; on-policy only.
+        demo_fraction: share of each batch drawn from the offline dataset; off-policy only, 0 = none.
+        extra: names of per-step quantities the sampler must add to `Batch.extra` ("return_to_go", "next_action").
+    """
+
+    regime: str
+    chunks: bool = False
+    batch_size: int = 256
+    n_step: int = 1
+    gamma: float = 0.99
+    updates_per_step: float = 1.0
+    warmup_steps: int = 0
+    rollout_steps: int = 0
+    demo_fraction: float = 0.0
+    extra: tuple[str, ...] = field(default_factory=tuple)
+
+
+class Algorithm(ABC):
+    """Base class of all algorithms.
+
+    A subclass is registered with `@ALGOS.register(name, config=Config)` and built as `cls(config, policy, spec,
+    device=..., generator=...)`. It keeps every network as an `nn.Module` attribute, every optimiser as a
+    `torch.optim.Optimizer` attribute and every other tensor of its state as a `Tensor` attribute:
+    `state_dict` finds them by type. `generator` (on the policy's device) is its only source of randomness.
+    """
+
+    registry_name: ClassVar[str] = ""
+
+    def __init__(
+        self, config: Any, policy: Policy, spec: Spec, *, device: torch.device, generator: torch.Generator
+    ) -> None:
+        self.config = config
+        self.policy = policy
+        self.spec = spec
+        self.device = device
+        self.generator = generator
+        self.updates = 0
+
+    @property
+    @abstractmethod
+    def needs(self) -> Needs:
+        """What this algorithm asks of its loop; constant over a run."""
+
+    @abstractmethod
+    def update(self, batch: Batch) -> Metrics:
+        """One update from a batch in normalised units. Returns detached scalar tensors; never syncs with the host."""
+
+    def explore(self, obs: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """Executed action (B, A) in environment units for collecting; default: a stochastic sample of the policy."""
+        return self.policy.act(obs, generator=generator).chunk[:, 0]
+
+    def export_policy(self) -> Policy:
+        """The policy to evaluate, checkpoint and deploy (e.g. an EMA copy where the algorithm keeps one)."""
+        return self.policy
+
+    def state_dict(self) -> dict[str, Any]:
+        """`{"tensors": {name: tensor}, "json": {...}}`: all state of networks, optimisers and plain tensors."""
+        tensors: dict[str, Tensor] = {}
+        plain: dict[str, Any] = {"updates": self.updates}
+        for name, value in sorted(vars(self).items()):
+            if isinstance(value, nn.Module):
+                tensors |= {f"{name}/{key}": tensor.detach() for key, tensor in value.state_dict().items()}
+            elif isinstance(value, torch.optim.Optimizer):
+                state = value.state_dict()
+                for index, slots in state["state"].items():
+                    for slot, item in slots.items():
+                        tensors[f"{name}/{index}/{slot}"] = torch.as_tensor(item)
+                plain[name] = state["param_groups"]
+            elif isinstance(value, Tensor):
+                tensors[name] = value.detach()
+        return {"tensors": tensors, "json": plain}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Load `state_dict` output in place: parameters keep their identity, so optimisers go on owning them.
+
+        Raises:
+            CheckpointError: a tensor is missing, left over, or of another shape.
+        """
+        tensors, plain = dict(state["tensors"]), state["json"]
+        self.updates = int(plain["updates"])
+        with torch.no_grad():
+            for name, value in sorted(vars(self).items()):
+                if isinstance(value, nn.Module):
+                    for key, target in value.state_dict().items():
+                        _copy_into(target, f"{name}/{key}", tensors)
+                elif isinstance(value, torch.optim.Optimizer):
+                    _load_optimizer(name, value, tensors, plain)
+                elif isinstance(value, Tensor):
+                    _copy_into(value, name, tensors)
+        if tensors:
+            raise CheckpointError(f"checkpoint holds {sorted(tensors)[0]!r}, which {type(self).__name__} doesn't know")
+
+
+def _copy_into(target: Tensor, name: str, tensors: dict[str, Tensor]) -> None:
+    if name not in tensors:
+        raise CheckpointError(f"checkpoint lacks {name!r}: it belongs to another algorithm, policy or version")
+    source = tensors.pop(name)
+    if source.shape != target.shape:
+        raise CheckpointError(f"checkpoint has {name!r} of shape {tuple(source.shape)}, here it is {tuple(target.shape)}")
+    target.copy_(source)
+
+
+def _load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict) -> None:
+    if name not in plain:
+        raise CheckpointError(f"checkpoint lacks the optimiser {name!r}: it belongs to another algorithm")
+    slots: dict[int, dict[str, Tensor]] = {}
+    for key in [key for key in tensors if key.startswith(f"{name}/")]:
+        _, index, slot = key.split("/")
+        slots.setdefault(int(index), {})[slot] = tensors.pop(key)
+    groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in plain[name]]
+    try:
+        optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    except ValueError as error:
+        raise CheckpointError(f"optimiser {name!r} of the checkpoint does not fit: {error}") from error

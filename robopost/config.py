@@ -1,0 +1,115 @@
+"""Typed schema of a run. YAML only overrides it; inside the library there are only these dataclasses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from robopost.errors import ConfigError
+
+
+@dataclass
+class EnvConfig:
+    """Base of every environment's config.
+
+    Registered environments extend it (`name` is the registry name). `num_envs` is the number of parallel copies for
+    training; evaluation makes its own.
+    """
+
+    name: str = ""
+    num_envs: int = 1
+    max_steps: int = 0  # time limit, 0 = the environment's own
+    obs_keys: list[str] = field(default_factory=list)  # empty = all the environment offers
+
+    def __post_init__(self) -> None:
+        if self.num_envs < 1:
+            raise ConfigError(f"env.num_envs={self.num_envs} must be at least 1")
+
+
+@dataclass
+class PolicyConfig:
+    """Base of every policy's config (`name` is the registry name)."""
+
+    name: str = ""
+    horizon: int = 1  # length of a predicted action chunk
+    execute: int = 0  # steps executed before the next query, 0 = the whole chunk
+    history: int = 1  # observations the policy sees
+    obs_keys: list[str] = field(default_factory=list)  # empty = all the environment offers
+    normalise_obs: str = "meanstd"  # identity | meanstd | minmax, from the dataset; online runs without one: identity
+    normalise_action: str = "bounds"  # identity | bounds | meanstd | minmax
+
+
+@dataclass
+class AlgoConfig:
+    """Base of every algorithm's config (`name` is the registry name)."""
+
+    name: str = ""
+
+
+@dataclass
+class DataConfig:
+    """Where recorded experience comes from; empty `path` = none."""
+
+    path: str = ""  # a robopost store, or a file of any registered format (imported once into a store beside it)
+    format: str = "auto"
+    episodes: int = 0  # use only the first N episodes, 0 = all
+    device: str = "auto"  # auto = on the training device when it fits
+    reward_scale: float = 1.0
+    reward_shift: float = 0.0
+
+
+@dataclass
+class LoopConfig:
+    """Lengths and intervals of a run, in updates (offline) or environment steps (off-policy, on-policy)."""
+
+    steps: int = 10_000
+    log_every: int = 500
+    eval_every: int = 0  # 0 = only at the end
+    eval_episodes: int = 20
+    checkpoint_every: int = 0  # 0 = only at the end
+    keep_checkpoints: int = 2
+    buffer_size: int = 1_000_000  # transitions, off-policy
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "log_every", "eval_episodes", "keep_checkpoints", "buffer_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"loop.{name}={getattr(self, name)} must be at least 1")
+        for name in ("eval_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"loop.{name}={getattr(self, name)} must be 0 (only at the end) or more")
+
+
+@dataclass
+class TrackConfig:
+    """JSONL and TensorBoard are always written; `also` names further trackers (wandb, trackio)."""
+
+    tensorboard: bool = True
+    also: list[str] = field(default_factory=list)
+    project: str = "robopost"
+    video_episodes: int = 0  # episodes recorded to mp4 at each evaluation
+
+
+@dataclass
+class AccelConfig:
+    """Compilation of the update step, see `robopost/accel.py`."""
+
+    mode: str = "auto"  # auto | eager | compile | cudagraph. auto = cudagraph on a GPU, eager on CPU
+    threads: int = 0  # CPU threads of torch, 0 = torch's own choice
+
+
+@dataclass
+class TrainConfig:
+    """One training run. `algo`, `policy` and `env` hold the dataclass their `name` registers."""
+
+    algo: Any = None
+    policy: Any = None
+    env: Any = None
+    data: DataConfig = field(default_factory=DataConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+    accel: AccelConfig = field(default_factory=AccelConfig)
+    seed: int = 0
+    seeds: int = 1  # runs seed, seed+1, ... into out/seed_<n>
+    device: str = "auto"
+    out: str = ""  # run folder, empty = runs/<algo>-<env>-<time>
+    resume: str = ""  # run folder to go on with

@@ -1,0 +1,108 @@
+"""Normalisation that travels with the policy: observations standardised or scaled, actions mapped to [-1, 1]."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from robopost.data.batch import Batch, Obs, Spec
+from robopost.errors import ConfigError
+
+OBS_MODES = ("identity", "meanstd", "minmax")
+ACTION_MODES = ("identity", "bounds", "meanstd", "minmax")
+
+
+class Normaliser(nn.Module):
+    """Affine maps per key, stored as buffers so that they are saved, moved and loaded with the policy.
+
+    Only float observations are touched: images (uint8) and instructions pass through and are scaled by their
+    encoders. Starts as the identity on observations and as "bounds" on actions: the environment's finite bounds
+    map to [-1, 1], unbounded dimensions stay as they are.
+
+    `provenance` says where statistics came from (dataset id, number of rows, mode); it is saved with the policy.
+    """
+
+    def __init__(self, spec: Spec) -> None:
+        super().__init__()
+        self.keys = [key for key, (_, dtype) in spec.obs.items() if dtype.startswith("float")]
+        self.shapes = {key: tuple(spec.obs[key][0]) for key in self.keys}
+        for key in self.keys:
+            self.register_buffer(f"obs_shift_{key}", torch.zeros(self.shapes[key]))
+            self.register_buffer(f"obs_scale_{key}", torch.ones(self.shapes[key]))
+        low, high = torch.tensor(spec.action_low), torch.tensor(spec.action_high)
+        finite = torch.isfinite(low) & torch.isfinite(high)
+        self.register_buffer("action_shift", torch.where(finite, (low + high) / 2, torch.zeros_like(low)))
+        self.register_buffer("action_scale", torch.where(finite, (high - low) / 2, torch.ones_like(low)))
+        self.register_buffer("action_low", low)
+        self.register_buffer("action_high", high)
+        self.action_shift: Tensor
+        self.action_scale: Tensor
+        self.action_low: Tensor
+        self.action_high: Tensor
+        self.provenance: dict[str, Any] = {"obs": "identity", "action": "bounds", "source": "environment bounds"}
+
+    def fit(
+        self, stats: dict[str, dict[str, Any]], *, obs: str = "meanstd", action: str = "bounds", source: str = ""
+    ) -> None:
+        """Set the maps from dataset statistics, in place.
+
+        Args:
+            stats: key -> {"mean", "std", "min", "max", "count"}; keys are observation keys and "action".
+            obs: one of OBS_MODES. `meanstd` divides by max(std, 1e-3), `minmax` maps the range to [-1, 1].
+            action: one of ACTION_MODES.
+            source: dataset id written into `provenance`.
+        """
+        if obs not in OBS_MODES or action not in ACTION_MODES:
+            raise ConfigError(f"normalise: obs={obs!r} (allowed {OBS_MODES}), action={action!r} (allowed {ACTION_MODES})")
+        for key in self.keys:
+            if obs != "identity":
+                if key not in stats:
+                    raise ConfigError(f"no statistics for observation key {key!r}; the data has {', '.join(stats)}")
+                shift, scale = _affine(stats[key], obs)
+                getattr(self, f"obs_shift_{key}").copy_(shift)
+                getattr(self, f"obs_scale_{key}").copy_(scale)
+        if action in ("meanstd", "minmax"):
+            shift, scale = _affine(stats["action"], action)
+            self.action_shift.copy_(shift)
+            self.action_scale.copy_(scale)
+        elif action == "identity":
+            self.action_shift.zero_()
+            self.action_scale.fill_(1.0)
+        count = int(stats.get("action", {}).get("count", 0))
+        self.provenance = {"obs": obs, "action": action, "source": source, "count": count}
+
+    def obs(self, obs: Obs) -> Obs:
+        """Normalise the float keys of `obs`; a history dimension broadcasts."""
+        out = dict(obs)
+        for key in self.keys:
+            if key in out:
+                out[key] = (out[key].float() - getattr(self, f"obs_shift_{key}")) / getattr(self, f"obs_scale_{key}")
+        return out
+
+    def action(self, action: Tensor) -> Tensor:
+        """Environment units to normalised units, any leading dimensions."""
+        return (action - self.action_shift) / self.action_scale
+
+    def unnormalise_action(self, action: Tensor) -> Tensor:
+        """Normalised units to environment units, clipped to the bounds: the action that is executed."""
+        raw = action * self.action_scale + self.action_shift
+        return torch.minimum(torch.maximum(raw, self.action_low), self.action_high)
+
+    def batch(self, batch: Batch) -> Batch:
+        """Normalise obs, next_obs and action of a batch: what `Algorithm.update` receives."""
+        return replace(
+            batch, obs=self.obs(batch.obs), next_obs=self.obs(batch.next_obs), action=self.action(batch.action)
+        )
+
+
+def _affine(stats: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
+    get = lambda name: torch.as_tensor(stats[name], dtype=torch.float32)  # noqa: E731
+    if mode == "meanstd":
+        return get("mean"), get("std").clamp_min(1e-3)
+    low, high = get("min"), get("max")
+    half = (high - low) / 2
+    # A constant dimension would divide by zero: leave it centred and unscaled.
+    return (high + low) / 2, torch.where(half < 1e-6, torch.ones_like(half), half)

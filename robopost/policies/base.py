@@ -1,0 +1,118 @@
+"""The policy contract: raw observations in, executable actions out, normaliser inside."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from robopost.data.batch import Obs, Spec
+from robopost.errors import ConfigError
+from robopost.nets.norm import Normaliser
+from robopost.registry import POLICIES
+
+
+@dataclass
+class Action:
+    """What a policy returns.
+
+    Attributes:
+        chunk: (B, H, A) in environment units, clipped to the bounds where there are any. H = 1 for step policies.
+        log_prob: (B,) log-probability of `chain` under the policy, or None.
+        chain: (B, K, H, A) the sampled path in normalised units whose log-probability `log_prob` is: K = 1 for a
+            Gaussian (the sample before clipping), K = steps + 1 for flow and diffusion (x_0 .. x_K).
+    """
+
+    chunk: Tensor
+    log_prob: Tensor | None = None
+    chain: Tensor | None = None
+
+
+class Policy(nn.Module, ABC):
+    """Base class of all policies.
+
+    Subclasses live in `robopost/policies/<name>.py`, are registered with `@POLICIES.register(name, config=Config)`,
+    are built as `cls(config, spec)`, and work in normalised units in everything but `act`:
+    observations standardised, actions mapped to [-1, 1]. `act` is the only place that converts.
+    """
+
+    registry_name: ClassVar[str] = ""
+    has_log_prob: ClassVar[bool] = False
+
+    def __init__(self, config: Any, spec: Spec) -> None:
+        super().__init__()
+        self.config = config
+        self.spec = spec
+        self.horizon: int = int(getattr(config, "horizon", 1))
+        self.execute: int = int(getattr(config, "execute", 0)) or self.horizon
+        self.history: int = int(getattr(config, "history", 1))
+        if not 1 <= self.execute <= self.horizon:
+            raise ConfigError(
+                f"policy.execute={self.execute} must lie in 1..{self.horizon} (policy.horizon). "
+                "Fix: lower execute or raise horizon"
+            )
+        keys = list(getattr(config, "obs_keys", None) or spec.obs)
+        missing = [key for key in keys if key not in spec.obs]
+        if missing:
+            raise ConfigError(
+                f"policy.obs_keys names {missing[0]!r}, the environment or dataset offers {', '.join(spec.obs)}"
+            )
+        self.obs_keys: list[str] = keys
+        self.normaliser = Normaliser(spec)
+
+    @abstractmethod
+    def sample(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Draw a chunk for normalised observations.
+
+        Returns:
+            (chunk (B, H, A) normalised, log_prob (B,) or None, chain (B, K, H, A) or None).
+        """
+
+    def log_prob(self, obs: Obs, chain: Tensor) -> Tensor:
+        """Log-probability (B,) of `chain` (B, K, H, A) given normalised observations, differentiable.
+
+        Raises:
+            ConfigError: the policy class has no log-probability (`has_log_prob` is False).
+        """
+        raise ConfigError(
+            f"policy {self.registry_name!r} has no log-probability, which this algorithm needs. "
+            f"Policies that have one: {', '.join(e.name for e in POLICIES if e.target.has_log_prob)}"
+        )
+
+    def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Behaviour-cloning loss of this policy class, a scalar.
+
+        Args:
+            obs: normalised observations.
+            chunk: (B, H, A) normalised demonstrated actions.
+            mask: (B, H) bool, False on padding, which must not contribute.
+            generator: source of the loss's own randomness (flow time, diffusion step).
+        """
+        raise ConfigError(f"policy {self.registry_name!r} can't be trained by behaviour cloning")
+
+    @torch.no_grad()
+    def act(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> Action:
+        """Raw observations (B, ...) on the policy's device to an `Action` in environment units."""
+        chunk, log_prob, chain = self.sample(
+            self.normaliser.obs(obs), generator=generator, deterministic=deterministic
+        )
+        return Action(self.normaliser.unnormalise_action(chunk), log_prob, chain)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the policy's parameters (or buffers, for a policy that has none)."""
+        for tensor in (*self.parameters(), *self.buffers()):
+            return tensor.device
+        return torch.device("cpu")
+
+
+def build_policy(config: Any, spec: Spec) -> Policy:
+    """Build the policy that `config.name` selects for `spec`; weights come from torch's global generator."""
+    return POLICIES.get(config.name).target(config, spec)
