@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Turns a chunk policy into a step policy: one queue per environment, refilled when it runs out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from robopost.data.batch import Obs
+from robopost.policies.base import Policy
+
+
+class StepPolicy:
+    """Executes `policy.execute` steps of each predicted chunk before asking again.
+
+    Only environments whose queue is empty are queried. `reset` must be called with the mask of environments whose
+    episode ended, however it ended: a stale chunk tail must not leak into the next episode.
+    """
+
+    def __init__(self, policy: Policy, num_envs: int) -> None:
+        self.policy = policy
+        self.num_envs = num_envs
+        self._queue = torch.zeros(num_envs, policy.execute, policy.spec.action_dim, device=policy.device)
+        self._left = torch.zeros(num_envs, dtype=torch.long, device=policy.device)
+
+    def reset(self, env_mask: Tensor | None = None) -> None:
+        """Forget the queues of the environments in `env_mask` (N,) bool; None = of all."""
+        if env_mask is None:
+            self._left.zero_()
+        else:
+            self._left[env_mask.to(self._left.device)] = 0
+        on_reset = getattr(self.policy, "reset", None)
+        if on_reset is not None:
+            on_reset(env_mask)
+
+    def act(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> Tensor:
+        """Raw observations of all N environments to executable actions (N, A)."""
+        if self.policy.execute == 1:
+            return self.policy.act(obs, generator=generator, deterministic=deterministic).chunk[:, 0]
+        empty = torch.nonzero(self._left == 0).flatten()
+        if len(empty):
+            chosen = {key: value[empty] for key, value in obs.items()}
+            chunk = self.policy.act(chosen, generator=generator, deterministic=deterministic).chunk
+            self._queue[empty] = chunk[:, : self.policy.execute]
+            self._left[empty] = self.policy.execute
+        index = self.policy.execute - self._left
+        self._left -= 1
+        return self._queue[torch.arange(self.num_envs, device=index.device), index]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Queues and counters, for an exact resume."""
+        return {"queue": self._queue.clone(), "left": self._left.clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore `state_dict` output."""
+        self._queue.copy_(state["queue"])
+        self._left.copy_(state["left"])
