@@ -14,7 +14,6 @@ from robopost.errors import CheckpointError
 from robopost.policies.base import Policy
 
 Metrics = dict[str, Tensor]
-REGIMES = ("offline", "offpolicy", "onpolicy")
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,6 @@ class Needs:
     """What an algorithm asks of its loop.
 
     Attributes:
-        regime: which loop runs it: "offline", "offpolicy" or "onpolicy".
         chunks: True when batches hold action chunks (B, H, A) of the policy's horizon (behaviour cloning).
         batch_size: samples per update.
         n_step, gamma: how the sampler forms reward and discount.
@@ -33,7 +31,6 @@ class Needs:
         extra: names of per-step quantities the sampler must add to `Batch.extra` ("return_to_go", "next_action").
     """
 
-    regime: str
     chunks: bool = False
     batch_size: int = 256
     n_step: int = 1
@@ -55,6 +52,7 @@ class Algorithm(ABC):
     """
 
     registry_name: ClassVar[str] = ""
+    regime: ClassVar[str] = ""  # "offline", "offpolicy" or "onpolicy": the loop that runs it
 
     def __init__(
         self, config: Any, policy: Policy, spec: Spec, *, device: torch.device, generator: torch.Generator

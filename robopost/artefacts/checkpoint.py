@@ -10,8 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,10 +26,10 @@ FORMAT = 1
 LATEST = "LATEST"
 
 
-def save_folder(folder: Path, files: dict[str, dict[str, Tensor] | dict[str, Any]]) -> None:
+def save_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
     """Write `files` into a new `folder` atomically: temporary sibling, fsync, rename.
 
-    A name ending in `.safetensors` takes tensors, one ending in `.json` takes JSON values.
+    A name ending in `.safetensors` takes tensors or numpy arrays, one ending in `.json` takes JSON values.
 
     Raises:
         RobopostError: the disk is full or not writable; nothing is left behind.
@@ -40,7 +42,10 @@ def save_folder(folder: Path, files: dict[str, dict[str, Tensor] | dict[str, Any
             path = partial / name
             if name.endswith(".safetensors"):
                 # safetensors refuses tensors that share storage; contiguous clones are what is stored anyway.
-                save_file({key: value.detach().cpu().contiguous().clone() for key, value in content.items()}, path)
+                if any(isinstance(value, np.ndarray) for value in content.values()):
+                    save_arrays({key: np.ascontiguousarray(value) for key, value in content.items()}, path)
+                else:
+                    save_file({k: value.detach().cpu().contiguous().clone() for k, value in content.items()}, path)
             else:
                 path.write_text(json.dumps(content, indent=1, sort_keys=True))
             _sync(path)
@@ -57,7 +62,7 @@ def save_folder(folder: Path, files: dict[str, dict[str, Tensor] | dict[str, Any
 
 
 def save_checkpoint(
-    run: Path, step: int, files: dict[str, dict[str, Tensor] | dict[str, Any]], *, policy: Policy, keep: int = 2
+    run: Path, step: int, files: dict[str, dict[str, Any]], *, policy: Policy, keep: int = 2
 ) -> Path:
     """Save `files` plus the exported policy as `run/checkpoints/step_<step>` and point LATEST at it."""
     root = run / "checkpoints"

@@ -1,1 +1,65 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Three loops, one per data regime, and `train`, which picks the one an algorithm asks for."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from robopost.config import TrainConfig
+from robopost.errors import ConfigError
+from robopost.loops.offline import run_offline
+from robopost.loops.offpolicy import run_offpolicy
+from robopost.loops.onpolicy import run_onpolicy
+from robopost.loops.run import Run, with_seed
+from robopost.registry import ALGOS
+
+LOOPS: dict[str, Callable[[Run], None]] = {
+    "offline": run_offline,
+    "offpolicy": run_offpolicy,
+    "onpolicy": run_onpolicy,
+}
+
+
+def train(config: TrainConfig, command: str = "") -> Path:
+    """Train as `config` says, going on from the run folder's latest checkpoint if there is one.
+
+    Returns:
+        The run folder. With `seeds > 1` it holds one run per seed in `seed_<n>/`.
+
+    Raises:
+        ConfigError: pieces that don't fit; nothing was written then.
+        RobopostError: bad data, a misbehaving environment, divergence, a full disk.
+    """
+    if config.algo is None or config.policy is None:
+        raise ConfigError("a run needs algo and policy. Fix: robopost train algo=<name> policy=<name> env=<name>")
+    if config.seeds < 1:
+        raise ConfigError(f"seeds={config.seeds} must be at least 1")
+    if config.accel.threads:
+        torch.set_num_threads(config.accel.threads)
+    if config.resume and not Path(config.resume).is_dir():
+        raise ConfigError(f"resume={config.resume!r} is not a run folder")
+    folder = Path(config.resume or config.out or default_folder(config))
+    if not config.resume and (folder / "config.json").exists():
+        raise ConfigError(f"out={folder} already holds a run. Fix: resume={folder} to go on with it, or another out=")
+    # algo.needs may depend on the built algorithm; the regime doesn't, and picks the loop before anything is built.
+    loop = LOOPS[ALGOS.get(config.algo.name).target.regime]
+    seeds = range(config.seed, config.seed + config.seeds)
+    for seed in seeds:
+        place = folder / f"seed_{seed}" if config.seeds > 1 else folder
+        run = Run(replace(with_seed(config, seed), out=str(place)), place, command)
+        try:
+            loop(run)
+        finally:
+            run.close()
+    return folder
+
+
+def default_folder(config: TrainConfig) -> Path:
+    """`runs/<algo>-<env or data>-<time>`."""
+    where = config.env.name if config.env is not None else Path(config.data.path).stem
+    return Path("runs") / f"{config.algo.name}-{where}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -41,6 +41,8 @@ class Policy(nn.Module, ABC):
 
     registry_name: ClassVar[str] = ""
     has_log_prob: ClassVar[bool] = False
+    normaliser_fixed: bool = False  # True where the normaliser came with loaded weights and must not be refitted
+    wraps_env: ClassVar[bool] = False  # True where the policy adds observations, see `wrap_env`
 
     def __init__(self, config: Any, spec: Spec) -> None:
         super().__init__()
@@ -104,6 +106,21 @@ class Policy(nn.Module, ABC):
             self.normaliser.obs(obs), generator=generator, deterministic=deterministic
         )
         return Action(self.normaliser.unnormalise_action(chunk), log_prob, chain)
+
+    def random_action(self, obs: Obs, generator: torch.Generator) -> Tensor:
+        """Uniform action (B, A) in environment units for warm-up, given raw observations."""
+        low, high = self.normaliser.action_low, self.normaliser.action_high
+        rows = next(iter(obs.values())).shape[0]
+        noise = torch.rand(rows, len(low), generator=generator, device=low.device)
+        return low + (high - low) * noise
+
+    def wrap_env(self, env: Any) -> Any:
+        """Wrap a `VecEnv` so that its observations hold what `sample` needs beyond the environment's own."""
+        return env
+
+    def label_demos(self, demos: Any) -> Any:
+        """Add to a `Dataset` of demonstrations what `wrap_env` adds to observations."""
+        return demos
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Steps a training environment for a loop: episode figures, exact resume, cuts at checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from robopost.loops.run import Files, Run, stream_seed
+from robopost.loops.vector import Arrays, Step, VecEnv
+
+ENV_STREAM = 50
+
+
+class Collector:
+    """Holds the current observation and the running episodes' figures of a `VecEnv`.
+
+    Where the environment can save its state, a checkpoint holds it and a resumed run goes on in the middle of its
+    episodes. Where it can't, running episodes are cut (truncated) at every checkpoint, in interrupted and
+    uninterrupted runs alike, so that both stay identical; `cut` tells the loop that the last step was such an end.
+    """
+
+    def __init__(self, env: VecEnv, run: Run) -> None:
+        self.env = env
+        self.run = run
+        self.obs: Arrays = {}
+        self._return = np.zeros(env.num_envs)
+        self._length = np.zeros(env.num_envs, np.int64)
+        self._success = np.zeros(env.num_envs, bool)
+        self._resets = 0
+
+    def start(self, state: dict[str, Any] | None) -> None:
+        """Reset, or go on from the loop state of a checkpoint."""
+        if state is None or not self.env.can_save:
+            self._resets = int(state["resets"]) if state is not None else 0
+            self._reset()
+            return
+        arrays = load_file(Path(state["checkpoint"]) / "env.safetensors")
+        self._resets = int(state["resets"])
+        split = lambda prefix: {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
+        # A reset first: it creates what the environment allocates lazily.
+        self.env.reset(seed=0)
+        self.env.set_state(split("state/"))
+        self.obs = split("obs/")
+        self._return, self._length = arrays["episode/return"].copy(), arrays["episode/length"].copy()
+        self._success = arrays["episode/success"].copy()
+
+    def step(self, action: np.ndarray) -> Step:
+        """Execute `action` (N, A) and record episodes that end."""
+        step = self.env.step(action)
+        self._return += step.reward
+        self._length += 1
+        if step.success is not None:
+            self._success |= step.success
+        for i in np.flatnonzero(step.done):
+            figures = {"train/return": float(self._return[i]), "train/length": float(self._length[i])}
+            if step.success is not None:
+                figures["train/success"] = float(self._success[i])
+            self.run.record_episode(figures)
+            self._return[i], self._length[i], self._success[i] = 0.0, 0, False
+        self.obs = step.obs
+        return step
+
+    def state(self) -> tuple[Files, dict[str, Any]]:
+        """Files and JSON for a checkpoint."""
+        if not self.env.can_save:
+            return {}, {"resets": self._resets + 1}
+        arrays = {f"state/{key}": value for key, value in self.env.get_state().items()}
+        arrays |= {f"obs/{key}": value for key, value in self.obs.items()}
+        arrays |= {
+            "episode/return": self._return,
+            "episode/length": self._length,
+            "episode/success": self._success,
+        }
+        return {"env.safetensors": arrays}, {"resets": self._resets}
+
+    def cut_if_unsaved(self) -> bool:
+        """After a checkpoint: start new episodes where the environment can't save its state. True when it cut."""
+        if self.env.can_save:
+            return False
+        self._resets += 1
+        self._reset()
+        return True
+
+    def _reset(self) -> None:
+        self.obs = self.env.reset(seed=stream_seed(self.run.config.seed, ENV_STREAM + 1000 * self._resets) % 2**31)
+        self._return[:] = 0.0
+        self._length[:] = 0
+        self._success[:] = False

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The off-policy loop: step, store, update; the unit of progress is one environment step."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from robopost.algos.base import Algorithm
+from robopost.data.batch import Batch, concat
+from robopost.data.buffer import ReplayBuffer
+from robopost.data.dataset import Dataset
+from robopost.errors import ConfigError
+from robopost.loops.collector import Collector
+from robopost.loops.run import Files, Run
+from robopost.loops.vector import make_vec, to_torch
+
+
+def run_offpolicy(run: Run) -> None:
+    """Train in `config.env` until `config.loop.steps` environment steps (all copies together) are done."""
+    config = run.config
+    env = make_vec(config.env, config.env.num_envs, history=int(getattr(config.policy, "history", 1)))
+    try:
+        demos = Dataset.load(config.data, device=run.device) if config.data.path else None
+        algo = run.build(
+            env.spec, demos.stats if demos is not None else None, demos.dataset_id if demos is not None else "env"
+        )
+        needs, policy = algo.needs, algo.policy
+        if needs.demo_fraction > 0 and demos is None:
+            raise ConfigError(
+                f"algo.demo_fraction={needs.demo_fraction} mixes in recorded data and data.path is empty. "
+                "Fix: data.path=<store> or algo.demo_fraction=0"
+            )
+        if not policy.spec.bounded:
+            raise ConfigError(f"algo={config.algo.name} needs bounded actions; {config.env.name} has infinite bounds")
+        if policy.wraps_env:
+            env = policy.wrap_env(env)
+        collector = Collector(env, run)
+        buffer = ReplayBuffer(policy.spec, config.loop.buffer_size, env.num_envs, device=str(run.device))
+        state = run.prepare(algo)
+        collector.start(state)
+        due = 0.0
+        journal = run.folder / "buffer"
+        if state is not None:
+            buffer.restore(journal, state["buffer"])
+            due = float(state["due"])
+        if demos is not None:
+            demos = policy.label_demos(demos) if policy.wraps_env else demos
+
+        def extra_state() -> tuple[Files, dict[str, Any]]:
+            files, plain = collector.state()
+            return files, plain | {"due": due, "buffer": buffer.journal(journal)}
+
+        while run.step < config.loop.steps:
+            began = time.perf_counter()
+            action = _explore(run, algo, collector)
+            obs, step = collector.obs, collector.step(action)
+            buffer.add(obs, action, step.reward, step.next_obs, step.terminated, step.truncated)
+            run.add_time("time/collect", time.perf_counter() - began)
+            now = run.step + env.num_envs
+            began = time.perf_counter()
+            if now > needs.warmup_steps:
+                due += needs.updates_per_step * env.num_envs
+                while due >= 1.0:
+                    batch = _sample(run, algo, buffer, demos)
+                    run.record(algo.update(policy.normaliser.batch(batch)))
+                    due -= 1.0
+            run.add_time("time/update", time.perf_counter() - began)
+            if run.after(now, algo, extra_state):
+                buffer.prune(journal)
+                if collector.cut_if_unsaved():
+                    buffer.cut()
+    finally:
+        env.close()
+
+
+def _explore(run: Run, algo: Algorithm, collector: Collector) -> np.ndarray:
+    """Executed actions (N, A): uniform during warm-up, then the algorithm's exploration."""
+    generator = run.generators["policy"]
+    policy = algo.policy
+    obs = to_torch(collector.obs, run.device)
+    if run.step < algo.needs.warmup_steps:
+        action = policy.random_action(obs, generator)
+    else:
+        action = algo.explore(obs, generator)
+    return action.cpu().numpy()
+
+
+def _sample(run: Run, algo: Algorithm, buffer: ReplayBuffer, demos: Dataset | None) -> Batch:
+    needs, generator = algo.needs, run.generators["data"]
+    options: dict[str, Any] = {"n_step": needs.n_step, "gamma": needs.gamma, "extra": needs.extra}
+    from_demos = round(needs.batch_size * needs.demo_fraction)
+    if demos is None or from_demos == 0:
+        return buffer.sample(needs.batch_size, generator, **options)
+    online = buffer.sample(needs.batch_size - from_demos, generator, **options)
+    return concat(online, demos.sample(from_demos, generator, **options))

@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The on-policy loop: rollouts of the current policy, one update each; the unit is one environment step."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+
+from robopost.data.batch import Batch, bootstrap_discount
+from robopost.errors import ConfigError
+from robopost.loops.collector import Collector
+from robopost.loops.run import Files, Run
+from robopost.loops.vector import make_vec, to_torch
+
+
+def run_onpolicy(run: Run) -> None:
+    """Train in `config.env` until `config.loop.steps` environment steps (all copies together) are done."""
+    config = run.config
+    history = int(getattr(config.policy, "history", 1))
+    env = make_vec(config.env, config.env.num_envs, history=history)
+    try:
+        algo = run.build(env.spec, None, f"env {config.env.name}")
+        if algo.policy.execute != 1 or not algo.policy.has_log_prob:
+            raise ConfigError(
+                f"algo={config.algo.name} needs a policy with a log-probability that acts every step; "
+                f"policy={config.policy.name} has horizon={algo.policy.horizon}. Fix: policy=gaussian"
+            )
+        collector = Collector(env, run)
+        collector.start(run.prepare(algo))
+        steps = algo.needs.rollout_steps
+        while run.step < config.loop.steps:
+            began = time.perf_counter()
+            batch = _rollout(collector, algo, steps)
+            run.add_time("time/collect", time.perf_counter() - began)
+            began = time.perf_counter()
+            run.record(algo.update(algo.policy.normaliser.batch(batch)))
+            run.add_time("time/update", time.perf_counter() - began)
+
+            def extra_state() -> tuple[Files, dict[str, Any]]:
+                return collector.state()
+
+            if run.after(run.step + steps * env.num_envs, algo, extra_state):
+                collector.cut_if_unsaved()
+    finally:
+        env.close()
+
+
+def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
+    """(T, N) batch of `steps` steps in every environment."""
+    run, policy = collector.run, algo.policy
+    rows: list[Batch] = []
+    for _ in range(steps):
+        obs = to_torch(collector.obs, run.device)
+        action = policy.act(obs, generator=run.generators["policy"])
+        executed = action.chunk[:, 0]
+        step = collector.step(executed.cpu().numpy())
+        terminated = torch.from_numpy(step.terminated).to(run.device)
+        rows.append(
+            Batch(
+                obs=obs,
+                action=executed,
+                reward=torch.from_numpy(step.reward).to(run.device),
+                next_obs=to_torch(step.next_obs, run.device),
+                terminated=terminated,
+                truncated=torch.from_numpy(step.truncated).to(run.device),
+                discount=bootstrap_discount(terminated, algo.needs.gamma),
+                chain=action.chain,
+                log_prob=action.log_prob,
+            )
+        )
+    return stack(rows)
+
+
+def stack(rows: list[Batch]) -> Batch:
+    """Stack T batches of N rows into one (T, N) batch."""
+    first = rows[0]
+    pick = lambda name: torch.stack([getattr(row, name) for row in rows])  # noqa: E731
+    pick_obs = lambda name: {  # noqa: E731
+        key: torch.stack([getattr(row, name)[key] for row in rows]) for key in getattr(first, name)
+    }
+    tensors = ("action", "reward", "terminated", "truncated", "discount", "chain", "log_prob")
+    return Batch(
+        obs=pick_obs("obs"),
+        next_obs=pick_obs("next_obs"),
+        **{name: pick(name) for name in tensors if getattr(first, name) is not None},
+    )

@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all loops share: the run folder, random streams, logging, evaluation, checkpoints and resume."""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from robopost.algos.base import Algorithm, Metrics
+from robopost.artefacts.checkpoint import latest, load_json, load_tensors, save_checkpoint
+from robopost.compose import to_dict
+from robopost.config import TrainConfig
+from robopost.data.batch import Spec
+from robopost.errors import CheckpointError, ConfigError, RobopostError
+from robopost.policies.base import Policy, build_policy
+from robopost.registry import ALGOS, POLICIES
+from robopost.track import make_tracker
+
+log = logging.getLogger(__name__)
+STREAMS = ("data", "policy", "algo")
+Files = dict[str, dict[str, Any]]
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` picks CUDA where there is a device.
+
+    Raises:
+        ConfigError: the device is not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device={name!r} is not available here: {str(error).splitlines()[0]}") from error
+    return device
+
+
+@dataclass
+class Run:
+    """One training run of one seed in one folder.
+
+    A loop builds the pieces through `build`, calls `after(step, metrics)` once per unit of progress, and gives
+    `extra_state` / `restore_extra` for what only it knows (environment, buffer, counters).
+    """
+
+    config: TrainConfig
+    folder: Path
+    command: str = ""
+    device: torch.device = field(init=False)
+    generators: dict[str, torch.Generator] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.device = resolve_device(self.config.device)
+        self.generators = {}
+        for index, name in enumerate(STREAMS):
+            self.generators[name] = torch.Generator(device=self.device)
+            self.generators[name].manual_seed(stream_seed(self.config.seed, index))
+        self._sums: dict[str, Tensor] = {}
+        self._count = 0
+        self._episodes: dict[str, list[float]] = {}
+        self._timers: dict[str, float] = {}
+        self._mark = time.perf_counter()
+        self._marked_step = 0
+        self.step = 0
+        self.tracker: Any = None
+
+    # -- building -----------------------------------------------------------------------------------------------
+
+    def build(self, spec: Spec, stats: dict[str, Any] | None, source: str) -> Algorithm:
+        """Policy and algorithm for `spec`, normaliser fitted, weights from the seed.
+
+        Args:
+            spec: shapes of the task.
+            stats: dataset statistics the normaliser is fitted to; None = environment bounds only.
+            source: where `stats` come from, kept as provenance.
+        """
+        config = self.config
+        torch.manual_seed(stream_seed(config.seed, len(STREAMS)))
+        entry = ALGOS.get(config.algo.name)
+        policy = build_policy(config.policy, spec).to(self.device)
+        if stats is not None and not policy.normaliser_fixed:
+            policy.normaliser.fit(
+                stats, obs=config.policy.normalise_obs, action=config.policy.normalise_action, source=source
+            )
+        algo: Algorithm = entry.target(
+            config.algo, policy, policy.spec, device=self.device, generator=self.generators["algo"]
+        )
+        size = sum(parameter.numel() for parameter in policy.parameters())
+        log.info("%s on %s: policy %s, %.2fM parameters", entry.name, self.device, config.policy.name, size / 1e6)
+        return algo
+
+    def prepare(self, algo: Algorithm) -> dict[str, Any] | None:
+        """Create the run folder, or restore `algo` from its latest checkpoint.
+
+        Returns:
+            The loop's own JSON state of the checkpoint, or None for a fresh run.
+        """
+        checkpoint = latest(self.folder) if self.folder.exists() else None
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "eval").mkdir(exist_ok=True)
+        plain = to_dict(self.config)
+        _write_json(self.folder / "config.json", plain)
+        _write_json(self.folder / "provenance.json", provenance(self.config, self.command, algo.policy))
+        state = self._restore(algo, checkpoint) if checkpoint is not None else None
+        self.tracker = make_tracker(
+            self.folder, self.config.track, plain, self.step, total=self.config.loop.steps
+        )
+        self._marked_step = self.step
+        self._mark = time.perf_counter()
+        return state
+
+    # -- progress -----------------------------------------------------------------------------------------------
+
+    def record(self, metrics: Metrics) -> None:
+        """Add the metrics of one update; tensors stay on their device until the next log line."""
+        for key, value in metrics.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
+        self._count += 1
+
+    def record_episode(self, values: dict[str, float]) -> None:
+        """Add the figures of one finished training episode, e.g. `train/return`."""
+        for key, value in values.items():
+            self._episodes.setdefault(key, []).append(value)
+
+    def add_time(self, key: str, seconds: float) -> None:
+        """Add to a `time/...` metric, reported as share of wall time in seconds per log interval."""
+        self._timers[key] = self._timers.get(key, 0.0) + seconds
+
+    def after(
+        self, step: int, algo: Algorithm, extra_state: Callable[[], tuple[Files, dict[str, Any]]] | None = None
+    ) -> bool:
+        """Log, evaluate and checkpoint where `step` crosses an interval. Call once per unit of progress.
+
+        Returns:
+            True when a checkpoint was written.
+        """
+        loop, before, self.step = self.config.loop, self.step, step
+        last = step >= loop.steps
+        if last or _crossed(before, step, loop.log_every):
+            self._log(step)
+        if self.config.env is not None and (last or _crossed(before, step, loop.eval_every)):
+            self.evaluate(algo, step)
+        if last or _crossed(before, step, loop.checkpoint_every):
+            self.checkpoint(algo, step, extra_state)
+            return True
+        return False
+
+    def _log(self, step: int) -> None:
+        keys = sorted(self._sums)
+        # One transfer for all metrics instead of one sync per value.
+        values = torch.stack([self._sums[key].float().reshape(()) for key in keys]).tolist() if keys else []
+        line = {key: value / max(1, self._count) for key, value in zip(keys, values, strict=True)}
+        for key, value in line.items():
+            if not np.isfinite(value):
+                raise RobopostError(
+                    f"{key} is {value} at step {step}: training diverged. "
+                    "Fix: lower the learning rate, or check the data with `robopost data verify`"
+                )
+        line |= {key: float(np.mean(items)) for key, items in self._episodes.items() if items}
+        seconds = time.perf_counter() - self._mark
+        done = step - self._marked_step
+        line |= {"time/steps_per_s": done / max(seconds, 1e-9)} | self._timers
+        if self._count:
+            line["time/updates_per_s"] = self._count / max(seconds, 1e-9)
+        self.tracker.log(step, line)
+        self._sums, self._count, self._episodes, self._timers = {}, 0, {}, {}
+        self._mark, self._marked_step = time.perf_counter(), step
+
+    def evaluate(self, algo: Algorithm, step: int) -> None:
+        """Evaluate the exported policy, log `eval/...` and save `eval/step_<step>.json`."""
+        from robopost.evaluate.rollout import evaluate
+
+        loop, track = self.config.loop, self.config.track
+        began = time.perf_counter()
+        policy = algo.export_policy()
+        training = policy.training
+        policy.eval()
+        video = self.folder / "videos" / f"step_{step:09d}.mp4" if track.video_episodes else None
+        result = evaluate(
+            policy,
+            self.config.env,
+            episodes=loop.eval_episodes,
+            seed=stream_seed(self.config.seed, 100) % 2**31,
+            video=video,
+            video_episodes=track.video_episodes,
+        )
+        policy.train(training)
+        self.tracker.log(step, result.metrics())
+        if video is not None:
+            self.tracker.video(step, "eval", video)
+        _write_json(self.folder / "eval" / f"step_{step:09d}.json", result.to_json() | {"step": step})
+        self._mark += time.perf_counter() - began
+
+    def close(self) -> None:
+        """Flush and close the trackers."""
+        if self.tracker is not None:
+            self.tracker.close()
+
+    # -- checkpoints --------------------------------------------------------------------------------------------
+
+    def checkpoint(
+        self, algo: Algorithm, step: int, extra_state: Callable[[], tuple[Files, dict[str, Any]]] | None
+    ) -> Path:
+        """Write a whole checkpoint of this moment."""
+        state = algo.state_dict()
+        files, loop_state = extra_state() if extra_state is not None else ({}, {})
+        streams = {f"rng/{name}": generator.get_state() for name, generator in self.generators.items()}
+        streams["rng/torch"] = torch.get_rng_state()
+        plain = {
+            "format": 1,
+            "step": step,
+            "algo": self.config.algo.name,
+            "policy": self.config.policy.name,
+            "algorithm": state["json"],
+            "loop": loop_state,
+        }
+        return save_checkpoint(
+            self.folder,
+            step,
+            {"model.safetensors": state["tensors"] | streams, "state.json": plain} | files,
+            policy=algo.export_policy(),
+            keep=self.config.loop.keep_checkpoints,
+        )
+
+    def _restore(self, algo: Algorithm, checkpoint: Path) -> dict[str, Any]:
+        plain = load_json(checkpoint / "state.json")
+        for key in ("algo", "policy"):
+            wanted = getattr(self.config, key).name
+            if plain.get(key) != wanted:
+                raise CheckpointError(
+                    f"{checkpoint} was written by {key} {plain.get(key)!r}, this run has {wanted!r}. "
+                    "Fix: use another out= folder, or fine-tune with policy=<run>"
+                )
+        tensors = load_tensors(checkpoint / "model.safetensors")
+        for name, generator in self.generators.items():
+            generator.set_state(tensors.pop(f"rng/{name}"))
+        torch.set_rng_state(tensors.pop("rng/torch"))
+        algo.load_state_dict({"tensors": tensors, "json": plain["algorithm"]})
+        self.step = int(plain["step"])
+        log.info("resumed %s at step %d", self.folder, self.step)
+        return plain["loop"] | {"checkpoint": str(checkpoint)}
+
+
+def stream_seed(seed: int, stream: int) -> int:
+    """Seed of a named stream: independent of the others for any `seed`."""
+    return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def provenance(config: TrainConfig, command: str, policy: Policy) -> dict[str, Any]:
+    """Versions, revision, command and machine class: what a result needs to be reproduced."""
+    packages = {}
+    for name in ("robopost", "torch", "numpy", "mujoco", "gymnasium", "diffusers", "zarr"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return {
+        "command": command or " ".join(["robopost", *sys.argv[1:]]),
+        "seed": config.seed,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpu_threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
+        "packages": packages,
+        "revision": git_revision(),
+        "normaliser": policy.normaliser.provenance,
+        "policies": POLICIES.names(),
+    }
+
+
+def git_revision() -> str:
+    """Revision of the checkout robopost runs from, with `+` when it has changes; empty outside one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        ask = lambda *words: subprocess.run(  # noqa: E731
+            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
+    """The single-seed config of `seed`."""
+    return replace(config, seed=seed, seeds=1, resume="")
+
+
+def _crossed(before: int, step: int, every: int) -> bool:
+    return every > 0 and step // every > before // every
+
+
+def _write_json(path: Path, value: Any) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True))
+    partial.replace(path)
