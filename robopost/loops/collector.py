@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from robopost.loops.run import Files, Run, stream_seed
-from robopost.loops.vector import Arrays, Step, VecEnv
+from robopost.vector import Arrays, Step, VecEnv
 
 ENV_STREAM = 50
 

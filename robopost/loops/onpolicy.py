@@ -12,7 +12,7 @@ from robopost.data.batch import Batch, bootstrap_discount
 from robopost.errors import ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.run import Files, Run
-from robopost.loops.vector import make_vec, to_torch
+from robopost.vector import make_vec, to_torch
 
 
 def run_onpolicy(run: Run) -> None:

@@ -34,19 +34,29 @@ class StepPolicy:
             on_reset(env_mask)
 
     def act(
-        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+        self,
+        obs: Obs,
+        *,
+        generator: torch.Generator | None = None,
+        deterministic: bool = False,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """Raw observations of all N environments to executable actions (N, A)."""
-        if self.policy.execute == 1:
+        """Raw observations of all N environments to executable actions (N, A).
+
+        `only` (N,) bool restricts the step to some environments: the queues of the others stay as they are and
+        their rows of the result mean nothing.
+        """
+        if self.policy.execute == 1 and only is None:
             return self.policy.act(obs, generator=generator, deterministic=deterministic).chunk[:, 0]
-        empty = torch.nonzero(self._left == 0).flatten()
+        active = torch.ones_like(self._left, dtype=torch.bool) if only is None else only.to(self._left.device)
+        empty = torch.nonzero(active & (self._left == 0)).flatten()
         if len(empty):
             chosen = {key: value[empty] for key, value in obs.items()}
             chunk = self.policy.act(chosen, generator=generator, deterministic=deterministic).chunk
             self._queue[empty] = chunk[:, : self.policy.execute]
             self._left[empty] = self.policy.execute
-        index = self.policy.execute - self._left
-        self._left -= 1
+        index = (self.policy.execute - self._left).clamp_max(self.policy.execute - 1)
+        self._left -= active.long()
         return self._queue[torch.arange(self.num_envs, device=index.device), index]
 
     def state_dict(self) -> dict[str, Tensor]:
