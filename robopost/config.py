@@ -56,6 +56,16 @@ class DataConfig:
     device: str = "auto"  # auto = on the training device when it fits
     reward_scale: float = 1.0
     reward_shift: float = 0.0
+    collect: int = 0  # episodes to record with the env's scripted expert at the start, when path is empty
+    quality: float = 0.7  # of that expert, 0 (random) to 1
+
+    def __post_init__(self) -> None:
+        if self.collect < 0 or self.episodes < 0:
+            raise ConfigError(f"data.collect={self.collect} and data.episodes={self.episodes} must be 0 or more")
+        if not 0.0 <= self.quality <= 1.0:
+            raise ConfigError(f"data.quality={self.quality} must lie in 0..1")
+        if self.collect and self.path:
+            raise ConfigError(f"data.path={self.path} and data.collect={self.collect} exclude each other. Fix: set one")
 
 
 @dataclass
