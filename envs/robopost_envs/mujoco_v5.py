@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gymnasium's MuJoCo v5 tasks, vectorised in one process: bit for bit Gymnasium's numbers at twice its speed or more.
+
+Every environment has an MjData of its own. A team of threads calls `mj_step` on them (MuJoCo releases the GIL), so the
+solver's warm start and every derived field (contact forces, body positions, which lag the state by a Runge-Kutta
+stage) are the ones Gymnasium sees; `mujoco.rollout` loses both between calls. Python touches each environment for
+about a microsecond per step; rewards and observations are computed for the whole batch at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from robopost.errors import EnvError
+
+from .mujoco_v5_tasks import TASKS, Task, Views
+from .threads import ThreadTeam, default_threads
+
+STANDARD_WRAPPERS = ("TimeLimit", "OrderEnforcing", "PassiveEnvChecker")
+
+
+def find_task(env: gym.Env) -> type[Task] | None:
+    """The batched task of a made Gymnasium environment, or None when it is not one of the v5 tasks.
+
+    Wrappers that change what the environment does (anything but the ones `gym.make` adds) rule it out.
+    """
+    layer: Any = env
+    while isinstance(layer, gym.Wrapper):
+        if type(layer).__name__ not in STANDARD_WRAPPERS or not type(layer).__module__.startswith(
+            "gymnasium."
+        ):
+            return None
+        layer = layer.env
+    return TASKS.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
+
+
+class MujocoV5VecEnv(VectorEnv):
+    """Vector environment over one of Gymnasium's MuJoCo v5 tasks, SAME_STEP autoreset.
+
+    Observations are `{"state": (N, D)}`; `info["final_obs"]` has the same form on steps that end an episode, with
+    `info["_final_obs"]` (N,) bool saying which rows hold. Environment i seeded with s starts exactly where
+    `gym.make(id).reset(seed=s)` does, and its later resets draw from the same random stream.
+
+    Args:
+        env: the environment `gym.make(id, **kwargs)` gave; owned and closed by this object from now on.
+        num_envs: number of copies.
+        max_steps: time limit in steps; 0 = the environment's own.
+        threads: stepping threads, 0 = all CPUs of the process.
+        dtype: of observations; float64 gives Gymnasium's numbers unrounded.
+
+    Raises:
+        EnvError: `env` is not one of the v5 tasks, or an action has the wrong shape or is not finite.
+    """
+
+    def __init__(
+        self,
+        env: gym.Env,
+        num_envs: int,
+        *,
+        max_steps: int = 0,
+        threads: int = 0,
+        dtype: type[np.floating[Any]] = np.float32,
+    ) -> None:
+        import mujoco
+
+        task = find_task(env)
+        if task is None:
+            raise EnvError(f"{env} is not one of Gymnasium's MuJoCo v5 tasks. Fix: env.fast=false")
+        self._env: Any = env.unwrapped
+        self._wrapped = env
+        self._mujoco = mujoco
+        self._task = task(self._env)
+        self.spec = env.spec
+        self.num_envs = num_envs
+        self.render_mode = env.render_mode
+        self.max_steps = max_steps or int((env.spec.max_episode_steps if env.spec else 0) or 0)
+        self.metadata = {**self._env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        state = gym.spaces.Box(-np.inf, np.inf, (self._task.obs_dim,), dtype)
+        self.single_observation_space = gym.spaces.Dict({"state": state})
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.single_action_space = env.action_space
+        self.action_space = batch_space(env.action_space, num_envs)
+
+        self._dtype = dtype
+        self._model = self._env.model
+        self._render_data = self._env.data
+        self._data = [mujoco.MjData(self._model) for _ in range(num_envs)]
+        self._rngs: list[np.random.Generator | None] = [None] * num_envs
+        self._seeds: list[int | None] = [None] * num_envs
+        self._elapsed = np.zeros(num_envs, dtype=np.int64)
+        self._ctrl = np.zeros((num_envs, self._model.nu))
+        self._before = np.zeros((num_envs, self._task.carry_dim))
+        self._views, self._copies = self._link()
+        self._team = ThreadTeam(threads or default_threads(num_envs))
+        self._work = self._make_work()
+        self._started = False
+
+    @property
+    def threads(self) -> int:
+        """Threads that step, the calling one included."""
+        return self._team.threads
+
+    def _link(self) -> tuple[Views, list[list[tuple[np.ndarray, np.ndarray]]]]:
+        """Batch buffers, and per environment the (row of a buffer, view into MjData) pairs to copy after a step."""
+        sources = [self._task.sources(data) for data in self._data]
+        views = {name: np.zeros((self.num_envs, view.size)) for name, view in sources[0].items()}
+        copies = [
+            [(views[name][i], view) for name, view in source.items()] for i, source in enumerate(sources)
+        ]
+        return views, copies
+
+    def _make_work(self) -> Any:
+        """The hot loop. Everything it touches is bound to locals once."""
+        step, model, frame_skip = self._mujoco.mj_step, self._model, int(self._env.frame_skip)
+        forces = self._mujoco.mj_rnePostConstraint if self._task.contact_forces else None
+        per_env = [(data, data.ctrl, self._ctrl[i], self._copies[i]) for i, data in enumerate(self._data)]
+
+        def work(jobs: Iterator[int]) -> None:
+            for i in jobs:
+                data, ctrl, wanted, copies = per_env[i]
+                ctrl[:] = wanted
+                step(model, data, frame_skip)
+                if forces is not None:
+                    forces(model, data)
+                for row, view in copies:
+                    row[:] = view
+
+        return work
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict]:
+        """Step every environment; ended ones are reset in the same step.
+
+        Args:
+            actions: (N, A), float32 or float64.
+
+        Returns:
+            Observations, reward (N,) float64, terminated, truncated (N,) bool, info.
+        """
+        if not self._started:
+            raise EnvError("step() before reset(). Fix: call reset() first")
+        actions = self._check_actions(actions)
+        self._ctrl[:] = actions
+        self._team.run(self._work, range(self.num_envs))
+        self._elapsed += 1
+        task, views = self._task, self._views
+        reward, terminated = task.reward(views, self._before, actions)
+        state = np.empty((self.num_envs, task.obs_dim), dtype=self._dtype)
+        task.observe(views, state)
+        self._before[:] = task.position(views)
+        truncated = self._elapsed >= self.max_steps if self.max_steps else np.zeros(self.num_envs, dtype=bool)
+        info: dict[str, Any] = {}
+        done = terminated | truncated
+        if done.any():
+            info["final_obs"], info["_final_obs"] = {"state": state.copy()}, done
+            self._reset(np.flatnonzero(done), state)
+        return {"state": state}, reward, terminated, truncated, info
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Start new episodes.
+
+        Args:
+            seed: one seed per environment, a base seed (environment i gets `seed + i`), or None to go on with the
+                random streams.
+            options: `reset_mask` (N,) bool resets only the environments where it is true.
+        """
+        super().reset(seed=None)
+        seeds = [None] * self.num_envs if seed is None else seed
+        seeds = [int(seeds) + i for i in range(self.num_envs)] if np.isscalar(seeds) else list(seeds)  # type: ignore[arg-type]
+        if len(seeds) != self.num_envs:
+            raise EnvError(f"reset got {len(seeds)} seeds for {self.num_envs} environments")
+        mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)), dtype=bool)
+        if mask.shape != (self.num_envs,):
+            raise EnvError(f"reset_mask has shape {mask.shape}, expected ({self.num_envs},)")
+        if not self._started and not mask.all():
+            raise EnvError("the first reset must reset every environment")
+        for i in np.flatnonzero(mask):
+            if seeds[i] is not None or self._rngs[i] is None:
+                self._rngs[i], self._seeds[i] = seeding.np_random(seeds[i])
+        state = np.empty((self.num_envs, self._task.obs_dim), dtype=self._dtype)
+        self._task.observe(self._views, state)
+        self._reset(np.flatnonzero(mask), state)
+        self._started = True
+        return {"state": state}, {}
+
+    def _reset(self, indices: np.ndarray, state: np.ndarray) -> None:
+        """Reset environments with Gymnasium's own `reset_model`; writes their rows of `state` and of all buffers."""
+        env, template = self._env, self._render_data
+        try:
+            for i in indices:
+                env.data, env._np_random = self._data[i], self._rngs[i]
+                self._mujoco.mj_resetData(self._model, env.data)
+                state[i] = env.reset_model()
+                for row, view in self._copies[i]:
+                    row[:] = view
+        finally:
+            env.data = template
+        self._elapsed[indices] = 0
+        rows = {name: view[indices] for name, view in self._views.items()}
+        self._before[indices] = self._task.position(rows)
+
+    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
+        actions = np.asarray(actions)
+        expected = (self.num_envs, self._model.nu)
+        if actions.shape != expected:
+            raise EnvError(f"action has shape {actions.shape}, expected {expected}: one row per environment")
+        if actions.dtype.kind != "f":
+            actions = actions.astype(np.float64)
+        if not np.isfinite(actions.sum()):
+            bad = np.argwhere(~np.isfinite(actions))
+            if len(bad):
+                i, j = bad[0]
+                raise EnvError(
+                    f"action {actions[i, j]} in environment {i}, dimension {j}: actions must be finite"
+                )
+        return actions
+
+    def get_state(self) -> dict[str, np.ndarray]:
+        """Everything a bitwise resume needs: physics with the solver's warm start, counters, random streams."""
+        spec = int(self._mujoco.mjtState.mjSTATE_INTEGRATION)
+        physics = np.zeros((self.num_envs, self._mujoco.mj_stateSize(self._model, spec)))
+        for data, row in zip(self._data, physics, strict=True):
+            self._mujoco.mj_getState(self._model, data, row, spec)
+        streams = np.stack([pack_generator(rng) for rng in self._rngs])
+        return {
+            "physics": physics,
+            "elapsed": self._elapsed.copy(),
+            "before": self._before.copy(),
+            "rng": streams,
+        }
+
+    def set_state(self, state: dict[str, np.ndarray]) -> None:
+        """Restore `get_state` output.
+
+        Raises:
+            EnvError: it comes from another task or another number of environments.
+        """
+        spec = int(self._mujoco.mjtState.mjSTATE_INTEGRATION)
+        expected = (self.num_envs, self._mujoco.mj_stateSize(self._model, spec))
+        if state["physics"].shape != expected:
+            raise EnvError(
+                f"saved physics has shape {state['physics'].shape}, this environment needs {expected}"
+            )
+        for i, data in enumerate(self._data):
+            self._mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
+            self._mujoco.mj_forward(self._model, data)
+            # mj_forward is for rendering and derived fields; it must not leave its own warm start behind.
+            self._mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
+            for row, view in self._copies[i]:
+                row[:] = view
+        self._elapsed[:] = state["elapsed"]
+        self._before[:] = state["before"]
+        self._rngs = [unpack_generator(row) for row in state["rng"]]
+        self._started = True
+
+    def render(self, indices: Sequence[int] | None = None) -> tuple[np.ndarray, ...] | None:
+        """Frames (H, W, 3) of the environments in `indices` (default all), or None without a render mode."""
+        if self.render_mode is None:
+            return None
+        frames = []
+        for i in range(self.num_envs) if indices is None else indices:
+            self._mujoco.mj_copyData(self._render_data, self._model, self._data[i])
+            frames.append(self._env.render())
+        return tuple(frames)
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """End the threads and free the renderer."""
+        self._team.close()
+        self._wrapped.close()
+
+
+def pack_generator(rng: np.random.Generator | None) -> np.ndarray:
+    """State of a PCG64 generator as 6 uint64; zeros for none."""
+    if rng is None:
+        return np.zeros(6, dtype=np.uint64)
+    state = rng.bit_generator.state
+    low = (1 << 64) - 1
+    value, inc = state["state"]["state"], state["state"]["inc"]
+    words = (value >> 64, value & low, inc >> 64, inc & low, state["has_uint32"], state["uinteger"])
+    return np.array(words, dtype=np.uint64)
+
+
+def unpack_generator(words: np.ndarray) -> np.random.Generator:
+    """Generator of `pack_generator` output; zeros give a freshly seeded one."""
+    if not words.any():
+        return seeding.np_random(None)[0]
+    high_value, low_value, high_inc, low_inc, has_uint32, uinteger = (int(word) for word in words)
+    bits = np.random.PCG64()
+    bits.state = {
+        "bit_generator": "PCG64",
+        "state": {"state": high_value << 64 | low_value, "inc": high_inc << 64 | low_inc},
+        "has_uint32": has_uint32,
+        "uinteger": uinteger,
+    }
+    return np.random.Generator(bits)
