@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from robopost.errors import ConfigError
-from robopost.nets.mlp import activation as build_activation
+from robopost.nets.mlp import build_activation
 
 
 class EnsembleLinear(nn.Module):
     """`members` independent linear layers: (B, in) or (E, B, in) -> (E, B, out).
 
-    Weights are (E, in, out), so that a forward is one `baddbmm`. At 2 x 256 x 256 and batch 256 it is as fast on CPU
-    as the best alternative (matrix products dominate); on a GPU it is one kernel launch instead of E.
+    Weights are (E, in, out), so that a forward is one `baddbmm`. At 2 x 256 x 256 and batch 256 it is as fast on
+    CPU as the best alternative (matrix products dominate); on a GPU it is one kernel launch instead of E.
     Each member is initialised as `torch.nn.Linear` initialises: U(-1/sqrt(in), 1/sqrt(in)).
     """
 
@@ -35,7 +35,7 @@ class EnsembleLinear(nn.Module):
 
 
 class EnsembleLayerNorm(nn.Module):
-    """LayerNorm over the last dimension with its own scale and shift for each member: (E, B, D) -> (E, B, D)."""
+    """LayerNorm over the last dimension, scale and shift per member: (E, B, D) -> (E, B, D)."""
 
     def __init__(self, members: int, dim: int) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 INITS = ("default", "orthogonal")
 
 
-def activation(name: str) -> nn.Module:
+def build_activation(name: str) -> nn.Module:
     """Build the activation called `name`; an unknown name raises ConfigError with the list."""
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
@@ -60,7 +60,7 @@ class MLP(nn.Sequential):
             layers.append(nn.Linear(size, width))
             if layernorm:
                 layers.append(nn.LayerNorm(width))
-            layers.append(_activation(activation))
+            layers.append(build_activation(activation))
             size = width
         layers.append(nn.Linear(size, out_dim))
         super().__init__(*layers)
@@ -74,8 +74,8 @@ class MLP(nn.Sequential):
 class ResidualMLP(nn.Module):
     """Pre-norm residual blocks of one width: (..., in_dim) -> (..., out_dim).
 
-    Each block is `x + W2 act(W1 act(norm(x)))`. It trains better than a plain stack as a denoiser, where the output
-    has to keep the detail of the noisy input.
+    Each block is `x + W2 act(W1 act(norm(x)))`. It trains better than a plain stack as a denoiser, where the
+    output has to keep the detail of the noisy input.
     """
 
     def __init__(self, in_dim: int, width: int, blocks: int, out_dim: int, activation: str = "mish") -> None:
@@ -84,14 +84,14 @@ class ResidualMLP(nn.Module):
         self.blocks = nn.ModuleList(
             nn.Sequential(
                 nn.LayerNorm(width),
-                _activation(activation),
+                build_activation(activation),
                 nn.Linear(width, width),
-                _activation(activation),
+                build_activation(activation),
                 nn.Linear(width, width),
             )
             for _ in range(blocks)
         )
-        self.out = nn.Sequential(_activation(activation), nn.Linear(width, out_dim))
+        self.out = nn.Sequential(build_activation(activation), nn.Linear(width, out_dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
@@ -99,6 +99,3 @@ class ResidualMLP(nn.Module):
         for block in self.blocks:
             h = h + block(h)
         return self.out(h)
-
-
-_activation = activation  # the constructors have an argument of the same name

@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Backbones of flow and diffusion policies behind one call: `net(x (B, H, A), cond (B, D), *times (B,))`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from robopost.errors import ConfigError, unknown
+from robopost.nets.mlp import ResidualMLP
+from robopost.nets.time import TimeEmbedding
+from robopost.nets.transformer import ChunkTransformer
+from robopost.nets.unet1d import UNet1D
+
+BACKBONES = ("mlp", "unet", "transformer")
+
+
+class MLPDenoiser(nn.Module):
+    """Residual MLP on the flattened chunk, the condition and the time embedding. The fastest on CPU."""
+
+    def __init__(
+        self,
+        horizon: int,
+        action_dim: int,
+        cond_dim: int,
+        width: int,
+        depth: int,
+        *,
+        times: int,
+        time_dim: int,
+    ) -> None:
+        super().__init__()
+        self.time = TimeEmbedding(time_dim, times)
+        self.net = ResidualMLP(horizon * action_dim + cond_dim + time_dim, width, depth, horizon * action_dim)
+
+    def forward(self, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
+        """Denoise `x` (B, H, A)."""
+        return self.net(torch.cat([x.flatten(1), cond, self.time(*times)], dim=-1)).view_as(x)
+
+
+def build_denoiser(
+    backbone: str,
+    horizon: int,
+    action_dim: int,
+    cond_dim: int,
+    *,
+    width: int,
+    depth: int,
+    times: int = 1,
+    time_dim: int = 32,
+) -> nn.Module:
+    """Build a backbone.
+
+    Args:
+        backbone: `mlp` (`depth` residual blocks of `width`), `unet` (`depth` levels of `width`, 2 `width`, ...) or
+            `transformer` (`depth` blocks of `width`).
+        horizon: chunk length H.
+        action_dim: size of an action A.
+        cond_dim: size of the encoded observation D.
+        width: see `backbone`.
+        depth: see `backbone`.
+        times: number of scalar time inputs.
+        time_dim: size of the time embedding.
+
+    Raises:
+        ConfigError: unknown backbone, or sizes it can't have.
+    """
+    if width < 1 or depth < 1:
+        raise ConfigError(f"policy.width={width} and policy.depth={depth} must be at least 1")
+    if backbone == "mlp":
+        return MLPDenoiser(horizon, action_dim, cond_dim, width, depth, times=times, time_dim=time_dim)
+    if backbone == "unet":
+        channels = [width * 2**level for level in range(depth)]
+        return UNet1D(horizon, action_dim, cond_dim, channels, times=times, time_dim=time_dim)
+    if backbone == "transformer":
+        return ChunkTransformer(horizon, action_dim, cond_dim, width, depth, times=times, time_dim=time_dim)
+    raise unknown("policy.backbone", backbone, BACKBONES)

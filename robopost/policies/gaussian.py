@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gaussian MLP policy: tanh-squashed with state-dependent std (SAC) or plain with a learned constant std (PPO, IQL)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from robopost.data.batch import Obs, Spec
+from robopost.errors import ConfigError
+from robopost.nets.encoder import EncodedConfig, ObsEncoder
+from robopost.nets.masked import masked_mean
+from robopost.nets.mlp import MLP
+from robopost.policies.base import Policy
+from robopost.registry import POLICIES
+
+HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+ATANH_LIMIT = 1 - 1e-6  # demonstrated actions on the bound have no finite pre-image under tanh
+
+
+@dataclass
+class GaussianConfig(EncodedConfig):
+    """Config of `Gaussian`."""
+
+    name: str = "gaussian"
+    hidden: list[int] = field(default_factory=lambda: [256, 256])
+    activation: str = "relu"
+    layernorm: bool = False
+    init: str = "default"  # default | orthogonal (last layer's gain 0.01)
+    squash: bool = True  # tanh of the sample, with the exact change of variables in log_prob
+    mean_tanh: bool = False  # tanh of the mean; only without squash
+    state_std: bool = True  # std from the observation; off = one learned value per action dimension
+    log_std_init: float = 0.0  # without state_std
+    log_std_min: float = -5.0
+    log_std_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not self.log_std_min < self.log_std_max:
+            raise ConfigError(
+                f"policy.log_std_min={self.log_std_min} must be below policy.log_std_max={self.log_std_max}"
+            )
+        if self.squash and self.mean_tanh:
+            raise ConfigError(
+                "policy.mean_tanh=true needs policy.squash=false: the sample is squashed already"
+            )
+
+
+@POLICIES.register("gaussian", config=GaussianConfig)
+class Gaussian(Policy):
+    """Diagonal Gaussian over chunks with an exact log-probability.
+
+    `chain` (B, 1, H, A) is the Gaussian sample before tanh or clipping; `log_prob` is the log-density of the squashed
+    chunk tanh(chain) (Haarnoja et al. 2018, SAC, appendix C, eq. 26), or of the sample itself without squashing.
+    """
+
+    registry_name = "gaussian"
+    has_log_prob = True
+
+    def __init__(self, config: GaussianConfig, spec: Spec) -> None:
+        super().__init__(config, spec)
+        self.encoder = ObsEncoder(spec, self.obs_keys, self.history, config)
+        self.size = self.horizon * spec.action_dim
+        self.net = MLP(
+            self.encoder.out_dim,
+            config.hidden,
+            self.size * (2 if config.state_std else 1),
+            config.activation,
+            layernorm=config.layernorm,
+            init=config.init,
+            out_gain=0.01,
+        )
+        if not config.state_std:
+            self.log_std = nn.Parameter(torch.full((self.size,), float(config.log_std_init)))
+        self.config: GaussianConfig = config
+
+    def distribution(self, obs: Obs, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and log-std (B, H, A) of the Gaussian before squashing, for normalised observations.
+
+        A state-dependent log-std is mapped smoothly into its bounds by tanh, a constant one is clamped.
+        """
+        cfg = self.config
+        out = self.net(self.encoder(obs, augment))
+        if cfg.state_std:
+            mean, raw = out.chunk(2, dim=-1)
+            log_std = cfg.log_std_min + 0.5 * (cfg.log_std_max - cfg.log_std_min) * (raw.tanh() + 1)
+        else:
+            mean, log_std = out, self.log_std.clamp(cfg.log_std_min, cfg.log_std_max).expand_as(out)
+        if cfg.mean_tanh:
+            mean = mean.tanh()
+        shape = (self.horizon, self.spec.action_dim)
+        return mean.unflatten(-1, shape), log_std.unflatten(-1, shape)
+
+    def sample(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Reparameterised sample (gradients flow into mean and std); the mean when `deterministic`."""
+        mean, log_std = self.distribution(obs)
+        pre = mean
+        if not deterministic:
+            noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
+            pre = mean + log_std.exp() * noise
+        chunk = pre.tanh() if self.config.squash else pre
+        return chunk, self._density(pre, mean, log_std).sum((1, 2)), pre.unsqueeze(1)
+
+    def log_prob(self, obs: Obs, chain: Tensor) -> Tensor:
+        """Log-density (B,) of `chain` (B, 1, H, A), the sample before tanh."""
+        return self._density(chain[:, -1], *self.distribution(obs)).sum((1, 2))
+
+    def action_log_prob(self, obs: Obs, chunk: Tensor) -> Tensor:
+        """Log-density (B,) of a normalised chunk (B, H, A), e.g. of the dataset's actions."""
+        return self._density(self._pre(chunk), *self.distribution(obs)).sum((1, 2))
+
+    def entropy(self, obs: Obs) -> Tensor:
+        """Entropy (B,) of the Gaussian before squashing, in nats."""
+        _, log_std = self.distribution(obs)
+        return (log_std + 0.5 + HALF_LOG_2PI).sum((1, 2))
+
+    def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Negative log-likelihood per unpadded action dimension."""
+        return -masked_mean(self._density(self._pre(chunk), *self.distribution(obs, generator)), mask)
+
+    def _pre(self, chunk: Tensor) -> Tensor:
+        return chunk.clamp(-ATANH_LIMIT, ATANH_LIMIT).atanh() if self.config.squash else chunk
+
+    def _density(self, pre: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        """Log-density (B, H, A) per dimension of `pre` and, when squashing, of its tanh."""
+        density = -0.5 * ((pre - mean) * (-log_std).exp()).square() - log_std - HALF_LOG_2PI
+        if self.config.squash:
+            # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), exact where 1 - tanh^2 underflows.
+            density = density - 2 * (math.log(2) - pre - nn.functional.softplus(-2 * pre))
+        return density
