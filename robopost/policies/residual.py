@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bounded correction on top of a frozen policy: a = clip(a_base + kappa * tanh(f(obs, a_base)), -1, 1).
+
+The correction starts at exactly zero, so training starts from the base policy's behaviour (ResFiT, arXiv 2509.19301).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from robopost.artefacts.checkpoint import load_policy
+from robopost.compose import policy_config_from_dict, to_dict
+from robopost.data.batch import Obs, Spec
+from robopost.errors import ConfigError
+from robopost.nets.encoder import EncodedConfig, ObsEncoder
+from robopost.nets.mlp import MLP
+from robopost.policies.base import Policy, build_policy
+from robopost.policies.chunked import StepPolicy
+from robopost.registry import POLICIES
+from robopost.vector import Arrays, Step, VecEnv, to_torch
+
+BASE_ACTION = "base_action"
+
+
+@dataclass
+class ResidualConfig(EncodedConfig):
+    """Config of `residual`; `base` is the policy to improve."""
+
+    name: str = "residual"
+    base: str = ""  # run folder, checkpoint or policy folder of the base policy
+    base_config: dict[str, Any] = field(default_factory=dict)  # filled from `base`; travels with the checkpoint
+    scale: float = 0.2  # kappa: largest correction, as a fraction of half the action range
+    hidden: list[int] = field(default_factory=lambda: [256, 256])
+    warmup_noise: float = 0.2  # uniform noise on the base action during warm-up, same unit as scale
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.scale <= 2.0:
+            raise ConfigError(f"policy.scale={self.scale} must lie in (0, 2]: a fraction of half the action range")
+        if self.horizon != 1 or self.execute not in (0, 1):
+            raise ConfigError("policy.horizon of a residual policy is 1: it corrects every executed step")
+
+
+@POLICIES.register("residual", config=ResidualConfig)
+class ResidualPolicy(Policy):
+    """Frozen base policy of any class plus a bounded per-step correction.
+
+    Observations carry `base_action` (A,) in environment units: during training `wrap_env` adds it, in `act` the
+    policy computes it itself when it is absent. The base keeps one chunk queue per environment.
+    """
+
+    registry_name = "residual"
+    wraps_env = True
+    normaliser_fixed = True  # the base policy's
+
+    def __init__(self, config: ResidualConfig, spec: Spec) -> None:
+        if config.base_config:
+            base = build_policy(policy_config_from_dict(config.base_config), _without_base(spec))
+        elif config.base:
+            base = load_policy(config.base)
+            config = replace(config, base_config=to_dict(base.config))
+        else:
+            raise ConfigError("policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>")
+        _check_fits(base.spec, _without_base(spec))
+        shape = ((spec.action_dim,), "float32")
+        super().__init__(replace(config, history=base.history), replace(spec, obs=spec.obs | {BASE_ACTION: shape}))
+        self.obs_keys = [*base.obs_keys, BASE_ACTION]
+        self.base = base.requires_grad_(False)
+        self._copy_normaliser(base)
+        keys = [key for key in self.obs_keys if key != BASE_ACTION]
+        self.encoder = ObsEncoder(base.spec, keys, base.history, config)
+        self.net = MLP(self.encoder.out_dim + spec.action_dim, config.hidden, spec.action_dim)
+        last = [module for module in self.net.modules() if isinstance(module, nn.Linear)][-1]
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+        self._runner: StepPolicy | None = None
+
+    def _copy_normaliser(self, base: Policy) -> None:
+        source = base.normaliser.state_dict()
+        for key, tensor in self.normaliser.state_dict().items():
+            if key in source:
+                tensor.copy_(source[key])
+        self.normaliser.provenance = dict(base.normaliser.provenance)
+
+    def sample(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Corrected action (B, 1, A), normalised; the correction is deterministic."""
+        base = obs[BASE_ACTION]
+        if base.dim() == 3:  # a history of base actions: the newest is the one to correct
+            base = base[:, -1]
+        base = self.normaliser.action(base)
+        features = torch.cat([self.encoder(obs), base], dim=-1)
+        correction = self.config.scale * torch.tanh(self.net(features))
+        return (base + correction).clamp(-1.0, 1.0)[:, None], None, None
+
+    @torch.no_grad()
+    def act(self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False) -> Any:
+        """See `Policy.act`; queries the base policy where observations don't carry its action."""
+        if BASE_ACTION not in obs:
+            obs = obs | {BASE_ACTION: self._with_history(self.base_action(obs, generator=generator))}
+        return super().act(obs, generator=generator, deterministic=deterministic)
+
+    def base_action(
+        self, obs: Obs, *, generator: torch.Generator | None = None, only: Tensor | None = None
+    ) -> Tensor:
+        """Next base action (N, A) in environment units of every environment, taking one step off its queue."""
+        rows = next(iter(obs.values())).shape[0]
+        if self._runner is None or self._runner.num_envs != rows:
+            self._runner = StepPolicy(self.base, rows)
+        return self._runner.act(obs, generator=generator, deterministic=True, only=only)
+
+    def reset(self, env_mask: Tensor | None = None) -> None:
+        """Forget the base policy's queues of ended episodes."""
+        if self._runner is not None:
+            self._runner.reset(env_mask)
+
+    def random_action(self, obs: Obs, generator: torch.Generator) -> Tensor:
+        """Base action plus uniform noise: warm-up data stays near the base policy."""
+        base = obs[BASE_ACTION][:, -1] if obs[BASE_ACTION].dim() == 3 else obs[BASE_ACTION]
+        noise = torch.rand(base.shape, generator=generator, device=base.device) * 2 - 1
+        return self.normaliser.unnormalise_action(self.normaliser.action(base) + self.config.warmup_noise * noise)
+
+    def wrap_env(self, env: VecEnv) -> VecEnv:
+        """Add `base_action` to the observations of `env`."""
+        return BaseActionEnv(env, self)
+
+    def _with_history(self, action: Tensor) -> Tensor:
+        return action if self.history == 1 else action[:, None].expand(-1, self.history, -1)
+
+
+class BaseActionEnv(VecEnv):
+    """Adds the base policy's next action to `obs` and `next_obs` (both needed by a temporal-difference target).
+
+    At an episode's end `next_obs` carries the base action for the true final observation, then the queue of that
+    environment is emptied, for terminations and time limits alike.
+    """
+
+    def __init__(self, env: VecEnv, policy: ResidualPolicy) -> None:
+        # Not calling super().__init__: this wraps a VecEnv, not a gymnasium environment.
+        self.inner = env
+        self.env = env.env
+        self.num_envs = env.num_envs
+        self.history = env.history
+        self.spec = policy.spec
+        self.policy = policy
+        self._runner = StepPolicy(policy.base, env.num_envs)
+
+    def reset(self, seed: Any = None, options: dict[str, Any] | None = None) -> Arrays:
+        """See `VecEnv.reset`."""
+        obs = self.inner.reset(seed, options)
+        self._runner.reset()
+        return self._with(obs, self._query(obs))
+
+    def step(self, action: np.ndarray) -> Step:
+        """See `VecEnv.step`."""
+        step = self.inner.step(action)
+        base = self._query(step.next_obs)
+        next_obs = self._with(step.next_obs, base)
+        if not step.done.any():
+            return replace(step, obs=next_obs, next_obs=next_obs)
+        ended = torch.from_numpy(step.done)
+        self._runner.reset(ended)
+        fresh = np.where(step.done[:, None], self._query(step.obs, only=ended), base)
+        return replace(step, obs=self._with(step.obs, fresh), next_obs=next_obs)
+
+    def get_state(self) -> Arrays:
+        """See `VecEnv.get_state`; includes the base policy's queues."""
+        queues = {f"base/{key}": value.cpu().numpy() for key, value in self._runner.state_dict().items()}
+        return self.inner.get_state() | queues
+
+    def set_state(self, state: Arrays) -> None:
+        """See `VecEnv.set_state`."""
+        self.inner.set_state({key: value for key, value in state.items() if not key.startswith("base/")})
+        queues = {key[5:]: torch.from_numpy(value) for key, value in state.items() if key.startswith("base/")}
+        self._runner.load_state_dict(queues)
+
+    def close(self) -> None:
+        """See `VecEnv.close`."""
+        self.inner.close()
+
+    def _query(self, obs: Arrays, only: Tensor | None = None) -> np.ndarray:
+        tensors = to_torch(obs, self.policy.device)
+        return self._runner.act(tensors, deterministic=True, only=only).cpu().numpy()
+
+    def _with(self, obs: Arrays, base: np.ndarray) -> Arrays:
+        if self.history > 1:
+            base = np.repeat(base[:, None], self.history, axis=1)
+        return obs | {BASE_ACTION: base.copy()}
+
+
+def _without_base(spec: Spec) -> Spec:
+    return replace(spec, obs={key: value for key, value in spec.obs.items() if key != BASE_ACTION})
+
+
+def _check_fits(base: Spec, env: Spec) -> None:
+    for key, (shape, _) in base.obs.items():
+        if key not in env.obs:
+            raise ConfigError(f"the base policy reads observation {key!r}; the environment offers {', '.join(env.obs)}")
+        if tuple(env.obs[key][0]) != tuple(shape):
+            raise ConfigError(f"observation {key!r}: the base policy expects {tuple(shape)}, got {env.obs[key][0]}")
+    if base.action_dim != env.action_dim:
+        raise ConfigError(f"the base policy has {base.action_dim} action dimensions, the environment {env.action_dim}")

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Acceptance checks 1-3 of residual policies: zero start, bound, chunk queue across both kinds of endings."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+
+from robopost.config import PolicyConfig
+from robopost.data.batch import Spec
+from robopost.errors import ConfigError
+from robopost.policies.base import Policy
+from robopost.policies.chunked import StepPolicy
+from robopost.policies.flow import Flow, FlowConfig
+from robopost.policies.residual import BASE_ACTION, BaseActionEnv, ResidualConfig, ResidualPolicy
+from robopost.artefacts.checkpoint import load_policy, policy_files, save_folder
+from robopost.vector import VecEnv
+
+SPEC = Spec({"state": ((2,), "float32")}, 1, (-100.0,), (100.0,), 9)
+
+
+class Counting(Policy):
+    """Answers with the frame index it was asked at and the following ones: chunk t, t+1, ..."""
+
+    def sample(self, obs, *, generator=None, deterministic=False):
+        start = obs["state"][..., 0]
+        chunk = start[:, None] + torch.arange(self.horizon)
+        return self.normaliser.action(chunk[..., None]), None, None
+
+
+class Frames(VectorEnv):
+    """Observation = (frame, episode). Environment 0 ends by time limit after 5 frames, 1 terminates after 6."""
+
+    def __init__(self):
+        self.num_envs = 2
+        self.metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}
+        self.single_observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+        self.single_action_space = gym.spaces.Box(-100, 100, (1,))
+        self.limits = np.array([5, 6])
+
+    def reset(self, *, seed=None, options=None):
+        self.state = np.zeros((2, 2), np.float32)
+        return self.state.copy(), {}
+
+    def step(self, action):
+        self.state[:, 0] += 1
+        done = self.state[:, 0] >= self.limits
+        info = {}
+        if done.any():
+            info = {"final_obs": self.state.copy(), "_final_obs": done}
+            self.state[done, 0] = 0
+            self.state[done, 1] += 1
+        kind = np.array([False, True])
+        return self.state.copy(), np.zeros(2, np.float32), done & kind, done & ~kind, info
+
+
+@pytest.fixture()
+def residual(tmp_path):
+    torch.manual_seed(0)
+    spec = Spec({"state": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0), 50)
+    base = Flow(FlowConfig(horizon=4, steps=2, width=16, depth=1), spec)
+    save_folder(tmp_path / "base", policy_files(base))
+    return ResidualPolicy(ResidualConfig(base=str(tmp_path / "base"), scale=0.3, hidden=[16]), spec)
+
+
+def test_zero_start_executes_the_base_action_exactly(residual):
+    obs = {"state": torch.randn(1000, 3)}
+    twin = StepPolicy(residual.base, 1000)
+    assert torch.equal(residual.act(obs).chunk[:, 0], twin.act(obs, deterministic=True))
+
+
+def test_correction_is_bounded_after_any_training(residual):
+    for parameter in residual.net.parameters():
+        torch.nn.init.normal_(parameter, std=10.0)
+    base = torch.rand(500, 2) * torch.tensor([2.0, 4.0]) - torch.tensor([1.0, 2.0])
+    action = residual.act({"state": torch.randn(500, 3), BASE_ACTION: base}).chunk[:, 0]
+    change = (action - base) / residual.normaliser.action_scale
+    assert change.abs().max() <= 0.3 + 1e-6
+    assert change.abs().max() > 0.25
+    assert (action.abs() <= torch.tensor([1.0, 2.0])).all()
+
+
+def test_base_actions_follow_frames_across_time_limit_and_termination():
+    base = Counting(PolicyConfig(name="counting", horizon=4), SPEC)
+    policy = ResidualPolicy.__new__(ResidualPolicy)
+    torch.nn.Module.__init__(policy)
+    policy.base, policy.spec = base, SPEC
+    env = BaseActionEnv(VecEnv(Frames()), policy)
+    obs = env.reset(0)
+    for _ in range(23):
+        assert np.array_equal(obs[BASE_ACTION][:, 0], obs["state"][:, 0])
+        step = env.step(obs[BASE_ACTION])
+        # The true final observation carries its own base action, whichever way the episode ended.
+        assert np.array_equal(step.next_obs[BASE_ACTION][:, 0], step.next_obs["state"][:, 0])
+        obs = step.obs
+
+
+def test_warm_up_stays_near_the_base_action(residual):
+    base = torch.zeros(200, 2)
+    generator = torch.Generator().manual_seed(0)
+    action = residual.random_action({"state": torch.randn(200, 3), BASE_ACTION: base}, generator)
+    change = action / residual.normaliser.action_scale
+    assert 0.15 < change.abs().max() <= 0.2
+
+
+def test_only_the_correction_is_trainable(residual):
+    assert all(not p.requires_grad for p in residual.base.parameters())
+    assert any(p.requires_grad for p in residual.net.parameters())
+
+
+def test_checkpoint_is_self_contained(residual, tmp_path):
+    torch.nn.init.normal_(residual.net[-1].weight)
+    save_folder(tmp_path / "saved", policy_files(residual))
+    (tmp_path / "base").rename(tmp_path / "gone")
+    again = load_policy(tmp_path / "saved")
+    obs = {"state": torch.randn(5, 3)}
+    assert torch.equal(residual.act(obs).chunk, again.act(obs).chunk)
+
+
+def test_base_that_does_not_fit_is_refused(residual, tmp_path):
+    config = ResidualConfig(base=str(tmp_path / "base"))
+    for spec, message in (
+        (Spec({"state": ((4,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0)), "expects"),
+        (Spec({"pixels": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0)), "reads observation 'state'"),
+        (Spec({"state": ((3,), "float32")}, 3, (-1.0,) * 3, (1.0,) * 3), "2 action dimensions"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            ResidualPolicy(config, spec)
+    with pytest.raises(ConfigError, match="policy.base is empty"):
+        ResidualPolicy(ResidualConfig(), SPEC)
