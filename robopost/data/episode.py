@@ -20,14 +20,16 @@ class Episode:
     """One episode of T steps, in environment units.
 
     Attributes:
-        obs: key -> (T + 1, ...) when `has_final_obs`, else (T, ...). Row t is what the policy saw before action t.
+        obs: key -> (T + 1, ...) when `has_final_obs`, else (T, ...). Row t is what the policy
+            saw before action t.
         action: (T, A) float32, the executed actions.
         reward: (T,) float32.
         terminated: the task ended the episode: no bootstrap after its last step.
         truncated: a time limit or the end of the recording cut it: bootstrap from the final observation.
         success: of the task's predicate; None where there is none.
         instruction: language instruction, empty when there is none.
-        extras: key -> (T, ...), further per-step arrays. `timestamp` (seconds) is checked against the frame rate.
+        extras: key -> (T, ...), further per-step arrays. `timestamp` (seconds) is checked against the frame
+            rate.
         metadata: JSON-able facts about the episode (seed, operator, file it came from, ...).
         has_final_obs: False where the recording ends with the last action (most human demonstrations).
     """

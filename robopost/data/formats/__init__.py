@@ -68,12 +68,12 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def detect(cls, path: Path) -> bool:
-        """True when `path` (a file or a folder) is of this format. Cheap, never raises, imports nothing optional."""
+        """True when `path` (file or folder) is of this format. Cheap, never raises, imports nothing optional."""
 
     @classmethod
     @abstractmethod
     def read(cls, path: Path, **options: Any) -> EpisodeSource:
-        """Open `path`. Name the options as keyword-only parameters with defaults; unknown ones are rejected."""
+        """Open `path`. Options are keyword-only parameters with defaults; unknown ones are rejected."""
 
     @classmethod
     def write(cls, store: EpisodeStore, path: Path, **options: Any) -> None:
@@ -84,7 +84,7 @@ class Format(ABC):
     def verify(cls, path: Path, **options: Any) -> list[Problem]:
         """Find what is wrong with `path`; default: read every episode and check it.
 
-        A format with files of its own (videos, tables) adds what only it can see: a missing video, a short table.
+        A format with files of its own adds what only it can see: a missing video, a short table.
         """
         from robopost.data.verify import check_source
 
