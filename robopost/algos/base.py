@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from robopost.accel import CudaGraph, accelerate
 from robopost.data.batch import Batch, Spec
 from robopost.errors import CheckpointError
 from robopost.policies.base import Policy
@@ -53,6 +54,7 @@ class Algorithm(ABC):
 
     registry_name: ClassVar[str] = ""
     regime: ClassVar[str] = ""  # "offline", "offpolicy" or "onpolicy": the loop that runs it
+    steps: ClassVar[tuple[str, ...]] = ()  # methods that `accelerate` wraps: pure functions of tensors
 
     def __init__(
         self, config: Any, policy: Policy, spec: Spec, *, device: torch.device, generator: torch.Generator
@@ -76,6 +78,13 @@ class Algorithm(ABC):
     def explore(self, obs: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """Executed action (B, A) in environment units for collecting; default: a stochastic sample of the policy."""
         return self.policy.act(obs, generator=generator).chunk[:, 0]
+
+    def accelerate(self, mode: str) -> None:
+        """Compile or capture the update steps, see `robopost.accel.accelerate`. Call once, before the first update."""
+        for name in self.steps:
+            fn = getattr(type(self), name).__get__(self)
+            wrapped = accelerate(fn, mode, device=self.device, generators=(self.generator,))
+            setattr(self, name, wrapped)
 
     def export_policy(self) -> Policy:
         """The policy to evaluate, checkpoint and deploy (e.g. an EMA copy where the algorithm keeps one)."""
@@ -115,6 +124,8 @@ class Algorithm(ABC):
                     _load_optimizer(name, value, tensors, plain)
                 elif isinstance(value, Tensor):
                     _copy_into(value, name, tensors)
+                elif isinstance(value, CudaGraph):
+                    value.reset()  # loading has replaced the optimiser state the graph was captured with
         if tensors:
             raise CheckpointError(f"checkpoint holds {sorted(tensors)[0]!r}, which {type(self).__name__} doesn't know")
 

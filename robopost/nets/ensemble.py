@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robopost.errors import ConfigError
+from robopost.nets import fused
 from robopost.nets.mlp import build_activation
 
 
@@ -81,3 +82,7 @@ class EnsembleMLP(nn.Sequential):
         layers.append(EnsembleLinear(members, size, out_dim))
         super().__init__(*layers)
         self.members = members
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Evaluate every member on the shared or its own input."""
+        return fused.mlp(self, input) if fused.usable(self, input) else super().forward(input)

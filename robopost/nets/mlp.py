@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from robopost.errors import unknown
+from robopost.nets import fused
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,
@@ -69,6 +70,10 @@ class MLP(nn.Sequential):
             for layer in linears:
                 nn.init.orthogonal_(layer.weight, out_gain if layer is linears[-1] else math.sqrt(2))
                 nn.init.zeros_(layer.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., in_dim) to (..., out_dim)."""
+        return fused.mlp(self, input) if fused.usable(self, input) else super().forward(input)
 
 
 class ResidualMLP(nn.Module):

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Value functions: an ensemble of Q(s, a) with stacked weights, and V(s)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from robopost.data.batch import Obs, Spec
+from robopost.errors import ConfigError
+from robopost.nets import fused
+from robopost.nets.ensemble import EnsembleLinear, EnsembleMLP
+from robopost.nets.mlp import MLP
+
+
+def float_keys(spec: Spec, keys: Sequence[str]) -> list[str]:
+    """The vector observations among `keys`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = [key for key in keys if spec.obs[key][1].startswith("float")]
+    if not found:
+        raise ConfigError(
+            f"value functions read float observations and policy.obs_keys={list(keys)} has none. "
+            "Fix: add `state` to the environment's obs_keys"
+        )
+    return found
+
+
+class ObsConcat(nn.Module):
+    """Joins the float observations of `keys` (a history dimension included) into (..., dim)."""
+
+    def __init__(self, spec: Spec, keys: Sequence[str], history: int = 1) -> None:
+        super().__init__()
+        self.keys = float_keys(spec, keys)
+        self.sizes = {key: math.prod(spec.obs[key][0]) * history for key in self.keys}
+        self.ranks = {key: len(spec.obs[key][0]) + (history > 1) for key in self.keys}
+        self.dim = sum(self.sizes.values())
+
+    def forward(self, obs: Obs) -> Tensor:
+        """Observations with any leading dimensions to (..., dim)."""
+        parts = [obs[key] if self.ranks[key] == 1 else obs[key].flatten(-self.ranks[key]) for key in self.keys]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+
+
+class QEnsemble(nn.Module):
+    """`members` independent Q(s, a) evaluated as one batched network.
+
+    Args:
+        spec: shapes of the task.
+        keys: observation keys of the policy; the float ones are used.
+        hidden: hidden layer sizes.
+        members: size of the ensemble E.
+        layernorm: LayerNorm before each activation.
+        history: observations stacked by the policy.
+        orthogonal: orthogonal weights with gain sqrt(2) and zero biases, instead of torch's default.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        keys: Sequence[str],
+        hidden: Sequence[int],
+        members: int = 2,
+        *,
+        layernorm: bool = False,
+        history: int = 1,
+        orthogonal: bool = False,
+    ) -> None:
+        super().__init__()
+        self.join = ObsConcat(spec, keys, history)
+        self.net = EnsembleMLP(members, self.join.dim + spec.action_dim, hidden, 1, layernorm=layernorm)
+        if orthogonal:
+            for layer in self.net:
+                if isinstance(layer, EnsembleLinear):
+                    for weight in layer.weight.data:
+                        nn.init.orthogonal_(weight, math.sqrt(2))
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, obs: Obs, action: Tensor) -> Tensor:
+        """(B, ...) observations and actions (B, A), both normalised, to (E, B)."""
+        return self.net(torch.cat([self.join(obs), action], -1)).squeeze(-1)
+
+    def frozen(self, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
+        """As `forward` for the first `members` networks, with a gradient to the inputs alone: (members, B).
+
+        A policy gradient needs no gradient of the critic's weights, which would be a third of the work.
+        """
+        x = torch.cat([self.join(obs), action], -1)
+        weights = {key: value[:members].detach() for key, value in self.net.named_parameters()}
+        if fused.usable(self.net, x):
+            return fused.mlp(self.net, x, list(weights.values())).squeeze(-1)
+        return torch.func.functional_call(self.net, weights, (x,)).squeeze(-1)
+
+
+class ValueNet(nn.Module):
+    """V(s): (..., ) observations to (...,).
+
+    Args:
+        spec: shapes of the task.
+        keys: observation keys of the policy; the float ones are used.
+        hidden: hidden layer sizes.
+        activation: a key of `robopost.nets.mlp.ACTIVATIONS`.
+        init: `default` or `orthogonal`.
+        out_gain: orthogonal gain of the output layer.
+        history: observations stacked by the policy.
+    """
+
+    def __init__(
+        self,
+        spec: Spec,
+        keys: Sequence[str],
+        hidden: Sequence[int],
+        *,
+        activation: str = "relu",
+        init: str = "default",
+        out_gain: float = 1.0,
+        history: int = 1,
+    ) -> None:
+        super().__init__()
+        self.join = ObsConcat(spec, keys, history)
+        self.net = MLP(self.join.dim, hidden, 1, activation, init=init, out_gain=out_gain)
+
+    def forward(self, obs: Obs) -> Tensor:
+        """Normalised observations to values."""
+        return self.net(self.join(obs)).squeeze(-1)
