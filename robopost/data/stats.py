@@ -81,7 +81,7 @@ class Running:
 
 
 def stats_shape(shape: tuple[int, ...], dtype: str) -> tuple[int, ...] | None:
-    """Shape of the statistics of a key: its own for numbers, (C,) for an image (H, W, C), None without any."""
+    """Shape of the statistics of a key: its own for numbers, (C,) for an image (H, W, C), else None."""
     if dtype == "uint8":
         return (shape[-1],) if len(shape) == 3 else None
     return shape

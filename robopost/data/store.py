@@ -12,10 +12,10 @@ Layout (plain zarr, readable without robopost)::
     meta/episodes           (M,) uint8, one JSON object per line and episode
     meta/zarr.json          attributes["commit"]: episodes, steps, bytes of meta/episodes, id, statistics
 
-**Durability.** Appended episodes wait in memory until about one shard is full; `flush()` (and leaving the context,
-and every automatic flush) is the point after which they survive kill -9 and power loss. A flush writes the arrays
-first, each file atomically, and then replaces `meta/zarr.json`, the commit record. Rows behind the record don't
-exist: an episode that was being written is dropped when the store is opened next.
+**Durability.** Appended episodes wait in memory until about one shard is full; `flush()` (and leaving the
+context, and every automatic flush) is the point after which they survive kill -9 and power loss. A flush
+writes the arrays first, each file atomically, and then replaces `meta/zarr.json`, the commit record. Rows behind the
+record don't exist: an episode that was being written is dropped when the store is opened next.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class EpisodeStore:
             overwrite: replace an existing robopost store (never anything else).
             extras: key -> (shape, dtype) of further per-step arrays.
             metadata: JSON-able facts about the dataset.
-            buffer_steps: steps appended between automatic flushes, 0 = about one shard. 1: every append is durable.
+            buffer_steps: steps between automatic flushes, 0 = about one shard. 1: every append is durable.
 
         Raises:
             DataError: the path exists, or can't be written.
@@ -270,8 +270,8 @@ class EpisodeStore:
         """Add an episode; durable after the next flush.
 
         Raises:
-            DataError: its arrays don't fit the spec (nothing is written), or the automatic flush found the disk
-                full (the committed part is whole, the episode stays pending).
+            DataError: its arrays don't fit the spec (nothing is written), or the automatic flush found the
+                disk full (the committed part is whole, the episode stays pending).
         """
         self._need_writable()
         fitted = conform(episode, self.spec, self.extras)
@@ -348,7 +348,7 @@ class EpisodeStore:
         if len(self.episode_info) != commit["episodes"] or self.num_steps != commit["steps"]:
             raise DataError(
                 f"{self.path}: the commit record says {commit['episodes']} episodes and {commit['steps']} "
-                f"steps, the arrays {len(self.episode_info)} and {self.num_steps}. Fix: restore it from a copy"
+                f"steps, the arrays {len(self.episode_info)} and {self.num_steps}. Fix: restore a copy"
             )
         self._running = {key: Running.from_json(item) for key, item in commit["stats"].items()}
 

@@ -68,7 +68,7 @@ class Format(ABC):
     @classmethod
     @abstractmethod
     def detect(cls, path: Path) -> bool:
-        """True when `path` (file or folder) is of this format. Cheap, never raises, imports nothing optional."""
+        """True when `path` (file or folder) is of this format. Cheap, never raises, no optional import."""
 
     @classmethod
     @abstractmethod
