@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Composition of a run's config: Hydra chooses the files, dataclasses check them, the library sees dataclasses only."""
+"""Composition of a config: Hydra chooses the files, dataclasses check them, the library sees dataclasses."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from robopost.config import TrainConfig
+from robopost.config import CollectConfig, EvalConfig, TrainConfig
+from robopost.config_files import file_options, search_dirs
 from robopost.errors import ConfigError, nearest, unknown
 from robopost.overrides import Override, field_names, first_line, parse, set_value
 from robopost.registry import ALGOS, ENVS, POLICIES, Registry
@@ -37,40 +38,11 @@ class Root:
     groups: tuple[str, ...]
 
 
-ROOTS: dict[str, Root] = {"train": Root(TrainConfig, ("data", "track", "env", "policy", "algo", "recipe"))}
-
-
-def config_dir() -> Path:
-    """The folder of the shipped Hydra tree: inside an installed wheel, or `configs/` of the checkout.
-
-    Raises:
-        ConfigError: neither exists.
-    """
-    package = Path(__file__).resolve().parent
-    for folder in (package / "configs", package.parent / "configs"):
-        if (folder / "train.yaml").exists():
-            return folder
-    raise ConfigError(f"the config tree is missing beside {package}. Fix: reinstall robopost")
-
-
-def search_dirs(extra: Sequence[str | Path] = ()) -> list[Path]:
-    """Folders searched for config files, first match wins: `extra` (checked to exist), then the shipped tree."""
-    folders = []
-    for folder in extra:
-        path = Path(folder).expanduser().resolve()
-        if not path.is_dir():
-            raise ConfigError(f"--config-dir {str(folder)!r} is not a folder")
-        folders.append(path)
-    return [*folders, config_dir()]
-
-
-def file_options(group: str, dirs: Sequence[Path]) -> list[str]:
-    """Names of the YAML files of `group`, sub-folders as `folder/name`, sorted. Imports nothing."""
-    names = set()
-    for root in dirs:
-        folder = root / group
-        names |= {path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")}
-    return sorted(names)
+ROOTS: dict[str, Root] = {
+    "train": Root(TrainConfig, ("data", "track", "env", "policy", "algo", "recipe")),
+    "eval": Root(EvalConfig, ("env",)),
+    "collect": Root(CollectConfig, ("env",)),
+}
 
 
 def options(group: str, dirs: Sequence[Path] | None = None) -> list[str]:
@@ -82,24 +54,33 @@ def options(group: str, dirs: Sequence[Path] | None = None) -> list[str]:
 
 
 def compose(
-    overrides: Sequence[str] = (), config_name: str = "train", *, config_dirs: Sequence[str | Path] = ()
+    overrides: Sequence[str] = (),
+    config_name: str = "train",
+    *,
+    config_dirs: Sequence[str | Path] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> Any:
     """Compose a config from the command line's words.
 
     Args:
-        overrides: `group=name` and `key=value` words; a gymnasium id as `env=` and a path as `policy=` or `data=`
-            are understood too.
+        overrides: `group=name` and `key=value` words; a gymnasium id as `env=` and a path as `policy=` or
+            `data=` are understood too.
         config_name: a root of `ROOTS`; "train" gives a `TrainConfig`.
         config_dirs: further config trees, searched before the shipped one.
+        given: group -> config dataclass to start from where the words choose no name.
 
     Raises:
         ConfigError: anything wrong, in one line.
     """
-    return to_object(compose_tree(overrides, config_name, config_dirs=config_dirs))
+    return to_object(compose_tree(overrides, config_name, config_dirs=config_dirs, given=given))
 
 
 def compose_tree(
-    overrides: Sequence[str] = (), config_name: str = "train", *, config_dirs: Sequence[str | Path] = ()
+    overrides: Sequence[str] = (),
+    config_name: str = "train",
+    *,
+    config_dirs: Sequence[str | Path] = (),
+    given: Mapping[str, Any] | None = None,
 ) -> DictConfig:
     """Like `compose`, before conversion: a typed OmegaConf tree in which values may still be missing."""
     root = ROOTS[config_name]
@@ -115,6 +96,12 @@ def compose_tree(
             values.append(word)
     tree = _load(config_name, choices, dirs)
     OmegaConf.set_struct(tree, True)
+    for group, word in choices.items():
+        if word.value is None:
+            tree[group] = None
+    for group, config in (given or {}).items():
+        if group not in choices and config is not None:
+            tree[group] = OmegaConf.structured(config)
     for group in root.groups:
         if group in REGISTRIES:
             _type_group(tree, group, choices.get(group))
@@ -178,6 +165,27 @@ def group_from_dict(group: str, data: dict[str, Any]) -> Any:
     return _structured(entry.config, data, group)
 
 
+def override(config: Any, words: Sequence[str], *, allowed: Sequence[str]) -> Any:
+    """A copy of a config dataclass with `key=value` words applied.
+
+    Args:
+        config: any config dataclass.
+        words: overrides.
+        allowed: keys, or prefixes ending in a dot, that may change.
+
+    Raises:
+        ConfigError: a key that is unknown or may not change.
+    """
+    tree = OmegaConf.structured(config)
+    OmegaConf.set_struct(tree, True)
+    for item in parse(words):
+        key = ALIASES.get(item.key, item.key)
+        if not any(key == name or (name.endswith(".") and key.startswith(name)) for name in allowed):
+            raise ConfigError(f"{item.text}: can't change here. Allowed: {', '.join(allowed)}")
+        set_value(tree, Override(key, item.value, item.text))
+    return to_object(tree)
+
+
 def policy_config_from_dict(data: dict[str, Any]) -> Any:
     """Rebuild a policy's config dataclass from `to_dict` output."""
     return group_from_dict("policy", data)
@@ -199,6 +207,9 @@ def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> None:
     """Put the schema of the root and of every registered name into Hydra's store, once per call: cheap, idempotent."""
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=root.schema)
+    if not any((folder / f"{config_name}.yaml").exists() for folder in dirs):
+        defaults: list[Any] = [f"{config_name}_schema", "_self_", *({group: None} for group in root.groups)]
+        store.store(name=config_name, node={"defaults": defaults})
     for group in root.groups:
         if group not in REGISTRIES:
             continue
@@ -234,6 +245,8 @@ def _looks_like_path(value: str) -> bool:
 
 def _checked_choice(word: Override, dirs: Sequence[Path]) -> Override:
     available = options(word.key, dirs)
+    if word.value is None and word.key in REGISTRIES:
+        return word
     if not isinstance(word.value, str):
         raise ConfigError(f"{word.text}: {word.key} is chosen by name. Available: {', '.join(available)}")
     if word.value not in available:
@@ -245,7 +258,7 @@ def _checked_choice(word: Override, dirs: Sequence[Path]) -> Override:
 
 def _load(config_name: str, choices: dict[str, Override], dirs: Sequence[Path]) -> DictConfig:
     """Let Hydra compose the chosen files. `dirs[0]` is its primary folder, the others its search path."""
-    words = [f"{group}={word.value}" for group, word in choices.items()]
+    words = [f"{group}={word.value}" for group, word in choices.items() if word.value is not None]
     recipe = choices.get("recipe")
     if recipe is not None and _prune_recipe(recipe.value, choices, dirs):
         words = [f"recipe={PRUNED}" if word.startswith("recipe=") else word for word in words]
@@ -278,7 +291,7 @@ def _explain(error: BaseException) -> str:
         key = str(getattr(cause, "full_key", None) or getattr(cause, "key", None) or "")
         last = key.rpartition(".")[2]
         if last == "_target_":
-            return f"{prefix}{key}: _target_ is not allowed, code is chosen by registry name (algo=, policy=, env=)"
+            return f"{prefix}{key}: _target_ is not allowed, code is chosen by registry name (algo=, ...)"
         names = field_names(getattr(cause, "object_type", None))
         if names and last not in names:
             return f"{prefix}unknown key {key!r}.{nearest(last, names)} Keys: {', '.join(names)}"
@@ -349,7 +362,7 @@ def _check_tree(node: Any, path: str) -> list[str]:
         where = f"{path}.{key}" if path else str(key)
         if key == "_target_":
             raise ConfigError(
-                f"{where}: _target_ is not allowed, code is chosen by registry name (algo=, policy=, env=)"
+                f"{where}: _target_ is not allowed, code is chosen by registry name (algo=, ...)"
             )
         keys += [where, *_check_tree(child, where)]
     return keys

@@ -123,3 +123,52 @@ class TrainConfig:
     device: str = "auto"
     out: str = ""  # run folder, empty = runs/<algo>-<env>-<time>
     resume: str = ""  # run folder to go on with
+
+
+@dataclass
+class EvalConfig:
+    """What `robopost eval` does."""
+
+    policy: str = "???"  # run folder, checkpoint, policy folder or npz actor
+    env: Any = None  # default: the environment the policy was trained in
+    episodes: int = 100
+    seed: int = 0  # episode i is reset with seed + i
+    num_envs: int = 0  # parallel environments, 0 = up to 32
+    deterministic: bool = True  # the policy's mode; false samples
+    video: int = 0  # episodes recorded to mp4
+    out: str = ""  # folder for eval.json and the video, empty = eval/ in the run folder, else evals/
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ConfigError(f"episodes={self.episodes} must be at least 1")
+        if not 0 <= self.video <= self.episodes:
+            raise ConfigError(f"video={self.video} must lie in 0..{self.episodes} (episodes)")
+        if self.num_envs < 0:
+            raise ConfigError(f"num_envs={self.num_envs} must be 0 (automatic) or more")
+
+
+@dataclass
+class CollectConfig:
+    """What `robopost collect` does."""
+
+    env: Any = None
+    policy: str = "script"  # script (the environment's expert), random, or a run folder, policy folder, npz actor
+    episodes: int = 200
+    out: str = "???"  # the store to write; an unfinished one is continued
+    quality: float = 1.0  # of the scripted expert: 0 (random) to 1
+    noise: float = 0.0  # std of Gaussian noise added to actions, as a share of half the action range
+    deterministic: bool = False  # a learnt policy's mode
+    seed: int = 0  # episode i is reset with seed + i
+    num_envs: int = 16  # parallel environments
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.episodes < 1:
+            raise ConfigError(f"episodes={self.episodes} must be at least 1")
+        if not 0.0 <= self.quality <= 1.0:
+            raise ConfigError(f"quality={self.quality} must lie in 0..1")
+        if self.noise < 0.0:
+            raise ConfigError(f"noise={self.noise} must be 0 or more")
+        if self.num_envs < 1:
+            raise ConfigError(f"num_envs={self.num_envs} must be at least 1")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`key=value` overrides: parsing, and setting typed values with errors that name the key and the nearest match."""
+"""`key=value` overrides: parsing, and setting typed values with errors that name key and nearest match."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def parse(overrides: Iterable[str]) -> list[Override]:
             raise ConfigError(f"{text!r}: settings of Hydra itself have no effect here")
         if "_target_" in key.split("."):
             raise ConfigError(
-                f"{text!r}: _target_ is not allowed, code is chosen by registry name (algo=, policy=, env=)"
+                f"{text!r}: _target_ is not allowed, code is chosen by registry name (algo=, ...)"
             )
         try:
             override = parser.parse_override(text)

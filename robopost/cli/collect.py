@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`robopost collect`: record episodes of an expert, a policy or random actions into a store."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+
+from robopost.cli.console import add_overrides, console, make_parser, progress_bar, setup_logging
+from robopost.cli.notes import available, settings
+
+EXAMPLES = (
+    "robopost collect env=arm_push episodes=200 out=data/push.zarr quality=0.5",
+    "robopost collect env=arm_push policy=runs/<run> episodes=50 out=data/push_run.zarr noise=0.1",
+    "robopost collect env=Hopper-v5 policy=random episodes=100 out=data/hopper.zarr num_envs=32",
+)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the command."""
+    parser = make_parser(
+        "collect",
+        "Record episodes into a store. Episode i starts from seed + i; executed actions, final observations and\n"
+        "success are kept. An interrupted collection goes on where it stopped when the command is repeated.",
+        EXAMPLES,
+        notes=f"{settings('collect')}\n\n{available(('env',))}" if {"-h", "--help"} & set(argv) else "",
+    )
+    add_overrides(parser)
+    args = parser.parse_intermixed_args(argv)
+
+    from robopost.collect import collect
+    from robopost.compose import compose
+
+    setup_logging()
+    config = compose(args.overrides, "collect", config_dirs=args.config_dir)
+    try:
+        with progress_bar("recording", config.episodes) as update:
+            result = collect(config, progress=update)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"resume with: robopost collect {shlex.join(argv)}") from None
+    out = console()
+    if not result.recorded:
+        out.print(f"{result.path} holds {result.episodes} episodes already", markup=False)
+        return 0
+    mean = sum(result.returns) / len(result.returns)
+    line = f"{result.path}: {result.episodes} episodes, {result.steps} steps, mean return {mean:.2f}"
+    if result.successes:
+        line += f", success {sum(result.successes) / len(result.successes):.0%}"
+    out.print(f"{line}, {result.seconds:.1f} s", markup=False)
+    return 0

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What commands share: the parser, the console, the log format."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, NoReturn
+
+from robopost.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit through `robopost.cli.main`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of printing the usage."""
+        raise ConfigError(f"{message}. See: {self.prog} --help")
+
+
+def make_parser(command: str, description: str, examples: Sequence[str], *, notes: str = "") -> Parser:
+    """A parser for `robopost <command>`; its help ends in `notes` and the examples."""
+    epilog = (
+        (notes.rstrip() + "\n\n" if notes else "")
+        + "examples:\n"
+        + "\n".join(f"  {line}" for line in examples)
+    )
+    return Parser(
+        prog=f"robopost {command}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """`key=value` words, and the folders of the user's own configs."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="what to run and with which settings"
+    )
+    parser.add_argument(
+        "--config-dir",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a folder with configs of your own (algo/, env/, recipe/, ...), searched before the shipped ones",
+    )
+
+
+def console() -> Console:
+    """A rich console on standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+
+def setup_logging(*, verbose: bool = True) -> None:
+    """Show the library's log on standard error, once per process."""
+    from rich.logging import RichHandler
+
+    logger = logging.getLogger("robopost")
+    if any(isinstance(handler, RichHandler) for handler in logger.handlers):
+        return
+    from rich.console import Console
+
+    handler = RichHandler(
+        console=Console(stderr=True), show_path=False, markup=False, log_time_format="%H:%M:%S"
+    )
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO if verbose else logging.WARNING)
+    logger.propagate = False
+
+
+def pluck(words: Sequence[str], key: str) -> str | None:
+    """The last value given as `key=value`, or None."""
+    found = [word.partition("=")[2] for word in words if word.startswith(f"{key}=")]
+    return found[-1] if found else None
+
+
+@contextmanager
+def progress_bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on a terminal, nothing elsewhere. Yields a function that takes the number done."""
+    out = console()
+    if not out.is_terminal:
+        yield lambda done: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=out, transient=True) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.update(task, completed=done)
