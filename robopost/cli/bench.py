@@ -15,6 +15,7 @@ EXAMPLES = (
     "robopost bench vecenv --tier smoke",
     "robopost bench ppo --tier small --cells 'hopper/*'",
     "robopost bench --summary",
+    "robopost bench --render",
 )
 
 
@@ -38,6 +39,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--summary", action="store_true", help="print every figure and whether its target holds"
     )
+    parser.add_argument(
+        "--render", action="store_true", help="bring the tables of README.md and docs/ up to date"
+    )
+    parser.add_argument("--check", action="store_true", help="fail where those tables are stale")
     args = parser.parse_args(argv)
 
     from robopost.bench import available, find_checkout, run_benchmark
@@ -50,6 +55,8 @@ def main(argv: Sequence[str]) -> int:
     if args.summary:
         _summary(args.results or root / "results")
         return 0
+    if args.render or args.check:
+        return _docs(root, args.results, check=args.check)
     if not args.name:
         raise ConfigError("no benchmark named. Fix: robopost bench NAME; `robopost bench --list` shows them")
     bench = run_benchmark(
@@ -60,6 +67,16 @@ def main(argv: Sequence[str]) -> int:
         console().print(f"left out: {', '.join(bench.left_out)}", markup=False)
     if bench.failed:
         raise ConfigError(f"failed cells: {', '.join(bench.failed)}; their errors are in {bench.path}")
+    return 0
+
+
+def _docs(root: Path, results: Path | None, *, check: bool) -> int:
+    from robopost.tables import check_docs, render_docs
+
+    paths = [str(path.relative_to(root)) for path in (check_docs if check else render_docs)(root, results)]
+    if check and paths:
+        raise ConfigError(f"stale tables in {', '.join(paths)}. Fix: robopost bench --render")
+    console().print("\n".join(f"rendered {path}" for path in paths) or "tables are up to date", markup=False)
     return 0
 
 

@@ -18,6 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from robopost.registry import TRACKERS
+from robopost.results import number
 from robopost.track.base import TrackContext, Tracker
 
 HIDDEN = ("_low", "_high")  # interval ends are shown in brackets behind their metric
@@ -107,14 +108,3 @@ def _shown(metrics: dict[str, float]) -> dict[str, str]:
         ends = "" if low is None or high is None else f" [{number(low)}, {number(high)}]"
         out[key] = number(value) + ends
     return out
-
-
-def number(value: float) -> str:
-    """Four significant digits, thousands separated, without a needless exponent."""
-    if value != value or value in (float("inf"), float("-inf")):
-        return str(value)
-    if value == int(value) and abs(value) < 1e9:
-        return f"{int(value):,}"
-    if 1e-3 <= abs(value) < 1e6:
-        return f"{value:,.0f}" if abs(value) >= 1e4 else f"{value:.4g}"
-    return f"{value:.2e}"
