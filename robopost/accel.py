@@ -47,7 +47,9 @@ def resolve(mode: str, device: torch.device) -> str:
     if mode == "auto":
         return "cudagraph" if device.type == "cuda" else "eager"
     if mode == "cudagraph" and device.type != "cuda":
-        raise ConfigError(f"accel.mode=cudagraph needs device=cuda, this run is on {device.type}. Fix: accel.mode=auto")
+        raise ConfigError(
+            f"accel.mode=cudagraph needs device=cuda, this run is on {device.type}. Fix: accel.mode=auto"
+        )
     return mode
 
 
@@ -80,7 +82,9 @@ class CudaGraph:
         DataError: an argument changes its structure, shape, dtype or device after the capture.
     """
 
-    def __init__(self, fn: Callable[..., dict[str, Tensor]], generators: Sequence[torch.Generator] = ()) -> None:
+    def __init__(
+        self, fn: Callable[..., dict[str, Tensor]], generators: Sequence[torch.Generator] = ()
+    ) -> None:
         self._fn = fn
         self._generators = tuple(generators)
         self._name = getattr(fn, "__name__", "step")
@@ -167,7 +171,12 @@ def map_tensors(value: Any, fn: Callable[[str, Tensor], Tensor], name: str = "")
     if is_dataclass(value) and not isinstance(value, type):
         items = {item.name: getattr(value, item.name) for item in fields(value)}
         return replace(
-            value, **{k: map_tensors(v, fn, f"{prefix}{k}") for k, v in items.items() if isinstance(v, (Tensor, dict))}
+            value,
+            **{
+                k: map_tensors(v, fn, f"{prefix}{k}")
+                for k, v in items.items()
+                if isinstance(v, (Tensor, dict))
+            },
         )
     return value
 

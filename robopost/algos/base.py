@@ -102,7 +102,7 @@ class Algorithm(ABC):
                 for index, slots in state["state"].items():
                     for slot, item in slots.items():
                         tensors[f"{name}/{index}/{slot}"] = torch.as_tensor(item)
-                plain[name] = state["param_groups"]
+                plain[name] = [_plain_group(group) for group in state["param_groups"]]
             elif isinstance(value, Tensor):
                 tensors[name] = value.detach()
         return {"tensors": tensors, "json": plain}
@@ -147,7 +147,15 @@ def _load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[s
         _, index, slot = key.split("/")
         slots.setdefault(int(index), {})[slot] = tensors.pop(key)
     groups = [{key: tuple(v) if key == "betas" else v for key, v in group.items()} for group in plain[name]]
+    rates = [group["lr"] for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict({"state": slots, "param_groups": groups})
     except ValueError as error:
         raise CheckpointError(f"optimiser {name!r} of the checkpoint does not fit: {error}") from error
+    for rate, group in zip(rates, optimizer.param_groups, strict=True):
+        if isinstance(rate, Tensor):  # a learning rate that a captured graph reads
+            group["lr"] = rate.fill_(group["lr"])
+
+
+def _plain_group(group: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.item() if isinstance(value, Tensor) else value for key, value in group.items()}

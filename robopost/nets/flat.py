@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -35,7 +36,9 @@ class Flat:
             raise ConfigError(f"{type(modules[0]).__name__} has no trainable parameters: nothing to optimise")
         kinds = {(p.device, p.dtype) for p in self.params}
         if len(kinds) > 1:
-            raise ConfigError(f"trainable parameters must share one device and dtype, got {sorted(map(str, kinds))}")
+            raise ConfigError(
+                f"trainable parameters must share one device and dtype, got {sorted(map(str, kinds))}"
+            )
         self.data = torch.cat([p.detach().reshape(-1) for p in self.params])
         offset = 0
         for p in self.params:
@@ -72,15 +75,34 @@ class Flat:
             self.data.lerp_(source.data, weight)
 
 
-def adam(flat: Flat, lr: float | Tensor, **options: Any) -> torch.optim.Adam:
-    """Fused Adam over `flat`; capturable on CUDA. A tensor `lr` can be changed under a captured graph."""
-    return torch.optim.Adam([flat.param], lr=lr, fused=True, capturable=flat.data.is_cuda, **options)
+def adam(flat: Flat, lr: float, *, scheduled: bool = False, **options: Any) -> torch.optim.Adam:
+    """Fused Adam over `flat`, capturable on CUDA. With `scheduled`, `set_lr` also works under a captured graph."""
+    cuda = flat.data.is_cuda
+    rate = torch.tensor(lr, device=flat.data.device) if cuda and scheduled else lr
+    return torch.optim.Adam([flat.param], lr=rate, fused=True, capturable=cuda, **options)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+
+
+def step_where(optimizer: torch.optim.Optimizer, flat: Flat, keep: Tensor) -> None:
+    """An optimiser step that changes nothing, moments included, where the scalar bool tensor `keep` is False."""
+    slots = [flat.data, *(slot for slot in optimizer.state[flat.param].values() if isinstance(slot, Tensor))]
+    before = [slot.clone() for slot in slots]
+    optimizer.step()
+    with torch.no_grad():
+        for slot, old in zip(slots, before, strict=True):
+            slot.copy_(torch.where(keep.to(slot.device), slot, old))
 
 
 def frozen_copy(module: nn.Module) -> tuple[Any, Flat]:
     """Target network: a deep copy without gradients, and its flat memory in the same order as the original's."""
-    import copy
-
     target = copy.deepcopy(module)
     flat = Flat(target)
     return target.requires_grad_(False), flat

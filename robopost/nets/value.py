@@ -43,7 +43,9 @@ class ObsConcat(nn.Module):
 
     def forward(self, obs: Obs) -> Tensor:
         """Observations with any leading dimensions to (..., dim)."""
-        parts = [obs[key] if self.ranks[key] == 1 else obs[key].flatten(-self.ranks[key]) for key in self.keys]
+        parts = [
+            obs[key] if self.ranks[key] == 1 else obs[key].flatten(-self.ranks[key]) for key in self.keys
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 

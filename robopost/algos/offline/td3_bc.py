@@ -33,7 +33,7 @@ class TD3BCConfig(TD3CoreConfig):
 
 
 def q_weight(q: Tensor, alpha: float) -> Tensor:
-    """lambda = alpha / mean |Q(s, pi(s))|, without gradient (Fujimoto and Gu 2021, eq. 5)."""
+    """Lambda = alpha / mean |Q(s, pi(s))|, without gradient (Fujimoto and Gu 2021, eq. 5)."""
     return alpha / q.detach().abs().mean()
 
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from robopost.algos.base import Algorithm, Metrics, Needs
+from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Spec
 from robopost.errors import ConfigError
 from robopost.nets.flat import Flat, adam, frozen_copy
 from robopost.nets.value import QEnsemble
 from robopost.policies.base import Policy
 from robopost.registry import ALGOS
-from robopost.config import AlgoConfig
 
 
 @dataclass
@@ -83,9 +83,10 @@ def check_critics(config: Any) -> None:
         raise ConfigError(f"algo.gamma={config.gamma} must lie in [0, 1]")
     if not 0 < config.tau <= 1:
         raise ConfigError(f"algo.tau={config.tau} must lie in (0, 1]")
-    if not 0 <= config.target_subset <= config.num_critics:
+    subset = getattr(config, "target_subset", 0)
+    if not 0 <= subset <= config.num_critics:
         raise ConfigError(
-            f"algo.target_subset={config.target_subset} must lie in 0..{config.num_critics} (algo.num_critics); 0 = all"
+            f"algo.target_subset={subset} must lie in 0..{config.num_critics} (algo.num_critics); 0 = all"
         )
 
 
@@ -110,7 +111,9 @@ def check_step_policy(policy: Policy, algo: str) -> None:
         ConfigError: the policy predicts chunks, or its actions are not scaled to their bounds.
     """
     if policy.horizon != 1:
-        raise ConfigError(f"algo={algo} works on single actions, policy.horizon={policy.horizon}. Fix: policy.horizon=1")
+        raise ConfigError(
+            f"algo={algo} works on single actions, policy.horizon={policy.horizon}. Fix: policy.horizon=1"
+        )
     mode = getattr(policy.config, "normalise_action", "bounds")
     if mode not in ("bounds", "minmax"):
         raise ConfigError(

@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""IQL: implicit Q-learning (Kostrikov et al. 2021, arXiv 2110.06169).
+
+Two presets that are never mixed, because beta, the reward scale and the order of the steps belong together:
+`original` is github.com/ikostrikov/implicit_q_learning, `corl` is CORL's `algorithms/offline/iql.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from robopost.algos.base import Algorithm, Metrics, Needs
+from robopost.algos.online.td3 import check_critics
+from robopost.config import AlgoConfig
+from robopost.data.batch import Batch, Spec
+from robopost.errors import ConfigError, unknown
+from robopost.nets.flat import Flat, adam, frozen_copy, set_lr
+from robopost.nets.value import QEnsemble, ValueNet
+from robopost.policies.base import Policy
+from robopost.registry import ALGOS
+
+VARIANTS = ("original", "corl")
+
+
+@dataclass
+class IQLConfig(AlgoConfig):
+    """Config of `IQL`."""
+
+    name: str = "iql"
+    variant: str = "original"  # original | corl: order of the steps, scale of the Q loss and initialisation
+    batch_size: int = 256
+    gamma: float = 0.99
+    n_step: int = 1
+    tau: float = 0.005  # Polyak weight of the target critics
+    expectile: float = 0.7  # 0.5 = mean, towards 1 = maximum over the data's actions
+    beta: float = 3.0  # inverse temperature of the advantage weights, 0 = behaviour cloning
+    max_weight: float = 100.0
+    actor_lr: float = 3e-4
+    critic_lr: float = 3e-4  # of Q and V
+    actor_decay_updates: int = 1_000_000  # cosine decay of actor_lr to 0, 0 = constant
+    hidden: list[int] = field(default_factory=lambda: [256, 256])  # of Q and V
+    num_critics: int = 2
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS:
+            raise unknown("algo.variant", self.variant, VARIANTS)
+        check_critics(self)
+        if not 0 < self.expectile < 1:
+            raise ConfigError(f"algo.expectile={self.expectile} must lie in (0, 1)")
+        if self.beta < 0:
+            raise ConfigError(f"algo.beta={self.beta} must be 0 (behaviour cloning) or more")
+        if not self.max_weight > 0:
+            raise ConfigError(f"algo.max_weight={self.max_weight} must be above 0")
+        if self.actor_decay_updates < 0:
+            raise ConfigError(
+                f"algo.actor_decay_updates={self.actor_decay_updates} must be 0 (constant) or more"
+            )
+
+
+def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
+    """Mean |tau - 1[u < 0]| u^2 with u = Q(s, a) - V(s) (Kostrikov et al. 2021, eq. 4 and 5)."""
+    weight = torch.where(diff < 0, 1 - expectile, expectile)
+    return (weight * diff.square()).mean()
+
+
+def advantage_weights(advantage: Tensor, beta: float, limit: float) -> Tensor:
+    """min(exp(beta * A), limit), without gradient (Kostrikov et al. 2021, eq. 7; the cap is the reference code's)."""
+    return (beta * advantage.detach()).exp().clamp(max=limit)
+
+
+def weighted_cloning_loss(weights: Tensor, log_prob: Tensor) -> Tensor:
+    """-mean w log pi(a|s) (Kostrikov et al. 2021, eq. 7); both (B,)."""
+    return -(weights * log_prob).mean()
+
+
+def q_loss(q: Tensor, target: Tensor, variant: str) -> Tensor:
+    """Squared error to r + gamma V(s') (Kostrikov et al. 2021, eq. 6); q (E, B).
+
+    The original sums over critics, CORL averages: half the gradient for two critics.
+    """
+    errors = (q - target).square().mean(1)
+    return errors.sum() if variant == "original" else errors.mean()
+
+
+@ALGOS.register("iql", config=IQLConfig)
+class IQL(Algorithm):
+    """IQL: expectile values of the data's own actions, advantage-weighted cloning; never queries unseen actions."""
+
+    registry_name = "iql"
+    regime = "offline"
+    steps = ("train_step",)
+
+    def __init__(
+        self,
+        config: IQLConfig,
+        policy: Policy,
+        spec: Spec,
+        *,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__(config, policy, spec, device=device, generator=generator)
+        if not hasattr(policy, "action_log_prob"):
+            raise ConfigError(
+                f"algo=iql needs the log-probability of the data's actions, which policy={policy.registry_name} has "
+                "not. Fix: policy=gaussian"
+            )
+        if policy.horizon != 1:
+            raise ConfigError(
+                f"algo=iql works on single actions, policy.horizon={policy.horizon}. Fix: set it to 1"
+            )
+        original = config.variant == "original"
+        keys, history = policy.obs_keys, policy.history
+        self.critic = QEnsemble(
+            spec, keys, config.hidden, config.num_critics, history=history, orthogonal=original
+        ).to(device)
+        init = "orthogonal" if original else "default"
+        self.value = ValueNet(
+            spec, keys, config.hidden, init=init, out_gain=math.sqrt(2), history=history
+        ).to(device)
+        self._actor_flat, self._critic_flat, self._value_flat = (
+            Flat(policy),
+            Flat(self.critic),
+            Flat(self.value),
+        )
+        self.critic_target, self._critic_target_flat = frozen_copy(self.critic)
+        self.actor_optimizer = adam(self._actor_flat, config.actor_lr, scheduled=True)
+        self.critic_optimizer = adam(self._critic_flat, config.critic_lr)
+        self.value_optimizer = adam(self._value_flat, config.critic_lr)
+
+    @property
+    def needs(self) -> Needs:
+        """Transitions of the dataset."""
+        return Needs(batch_size=self.config.batch_size, n_step=self.config.n_step, gamma=self.config.gamma)
+
+    def update(self, batch: Batch) -> Metrics:
+        """One update of V, the policy, Q and the target Q, in the variant's order."""
+        cfg = self.config
+        if cfg.actor_decay_updates:
+            done = min(1.0, self.updates / cfg.actor_decay_updates)
+            set_lr(self.actor_optimizer, cfg.actor_lr * 0.5 * (1 + math.cos(math.pi * done)))
+        self.updates += 1
+        return self.train_step(batch)
+
+    def train_step(self, batch: Batch) -> Metrics:
+        """The whole update; a pure function of the batch."""
+        with torch.no_grad():
+            target_q = self.critic_target(batch.obs, batch.action).amin(0)
+            old_next_value = self.value(batch.next_obs) if self.config.variant == "corl" else None
+        value = self.value(batch.obs)
+        metrics = self._value_step(target_q - value) | {"value/v_mean": value.detach().mean()}
+        if old_next_value is None:
+            # The reference's order: V first, then pi and Q with the new V.
+            with torch.no_grad():
+                new_value, next_value = self.value(batch.obs), self.value(batch.next_obs)
+            metrics |= self._policy_step(batch, target_q - new_value)
+            return metrics | self._critic_step(batch, next_value)
+        # CORL's order: everything with the V from before its step, pi last.
+        metrics |= self._critic_step(batch, old_next_value)
+        return metrics | self._policy_step(batch, target_q - value.detach())
+
+    def _value_step(self, diff: Tensor) -> Metrics:
+        loss = expectile_loss(diff, self.config.expectile)
+        self._value_flat.backward(loss)
+        self.value_optimizer.step()
+        return {"loss/value": loss.detach()}
+
+    def _policy_step(self, batch: Batch, advantage: Tensor) -> Metrics:
+        weights = advantage_weights(advantage, self.config.beta, self.config.max_weight)
+        log_prob = self.policy.action_log_prob(batch.obs, batch.action[:, None])  # type: ignore[operator]
+        loss = weighted_cloning_loss(weights, log_prob)
+        self._actor_flat.backward(loss)
+        self.actor_optimizer.step()
+        return {
+            "loss/actor": loss.detach(),
+            "policy/weight_mean": weights.mean(),
+            "value/advantage_mean": advantage.mean(),
+        }
+
+    def _critic_step(self, batch: Batch, next_value: Tensor) -> Metrics:
+        q = self.critic(batch.obs, batch.action)
+        loss = q_loss(q, batch.reward + batch.discount * next_value, self.config.variant)
+        self._critic_flat.backward(loss)
+        self.critic_optimizer.step()
+        self._critic_target_flat.lerp(self._critic_flat, self.config.tau)
+        return {"loss/critic": loss.detach(), "value/q_mean": q.detach().mean()}
