@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gymnasium's MuJoCo v5 tasks, vectorised in one process: bit for bit Gymnasium's numbers at twice its speed or more.
+"""Gymnasium's MuJoCo v5 tasks, vectorised in one process, with bit for bit Gymnasium's numbers.
 
-Every environment has an MjData of its own. A team of threads calls `mj_step` on them (MuJoCo releases the GIL), so the
-solver's warm start and every derived field (contact forces, body positions, which lag the state by a Runge-Kutta
-stage) are the ones Gymnasium sees; `mujoco.rollout` loses both between calls. Python touches each environment for
-about a microsecond per step; rewards and observations are computed for the whole batch at once.
+Every environment has an MjData of its own. A team of threads calls `mj_step` on them (MuJoCo releases the
+GIL), so the solver's warm start and every derived field (contact forces, body positions, which lag the state
+by a Runge-Kutta stage) are the ones Gymnasium sees; `mujoco.rollout` loses both between calls. Python
+touches each environment for about a microsecond per step; rewards and observations are computed for the
+whole batch at once.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, VectorEnv
@@ -20,7 +22,11 @@ from gymnasium.vector.utils import batch_space
 
 from robopost.errors import EnvError
 
+from .adapters.observations import select
+from .adapters.rendering import fast_frames
+from .batching import check_actions, per_env_seeds
 from .mujoco_v5_tasks import TASKS, Task, Views
+from .mujoco_vec import pack_generator, unpack_generator
 from .threads import ThreadTeam, default_threads
 
 STANDARD_WRAPPERS = ("TimeLimit", "OrderEnforcing", "PassiveEnvChecker")
@@ -44,15 +50,17 @@ def find_task(env: gym.Env) -> type[Task] | None:
 class MujocoV5VecEnv(VectorEnv):
     """Vector environment over one of Gymnasium's MuJoCo v5 tasks, SAME_STEP autoreset.
 
-    Observations are `{"state": (N, D)}`; `info["final_obs"]` has the same form on steps that end an episode, with
-    `info["_final_obs"]` (N,) bool saying which rows hold. Environment i seeded with s starts exactly where
-    `gym.make(id).reset(seed=s)` does, and its later resets draw from the same random stream.
+    Observations are `{"state": (N, D)}`; `info["final_obs"]` has the same form on steps that end an episode,
+    with `info["_final_obs"]` (N,) bool saying which rows hold. Environment i seeded with s starts exactly
+    where `gym.make(id).reset(seed=s)` does, and its later resets draw from the same random stream.
 
     Args:
         env: the environment `gym.make(id, **kwargs)` gave; owned and closed by this object from now on.
         num_envs: number of copies.
         max_steps: time limit in steps; 0 = the environment's own.
         threads: stepping threads, 0 = all CPUs of the process.
+        obs_keys: must be empty or `["state"]`.
+        fast_render: frames without shadows, reflections, skybox and multisampling.
         dtype: of observations; float64 gives Gymnasium's numbers unrounded.
 
     Raises:
@@ -66,16 +74,15 @@ class MujocoV5VecEnv(VectorEnv):
         *,
         max_steps: int = 0,
         threads: int = 0,
+        obs_keys: Sequence[str] = (),
+        fast_render: bool = True,
         dtype: type[np.floating[Any]] = np.float32,
     ) -> None:
-        import mujoco
-
         task = find_task(env)
         if task is None:
             raise EnvError(f"{env} is not one of Gymnasium's MuJoCo v5 tasks. Fix: env.fast=false")
         self._env: Any = env.unwrapped
         self._wrapped = env
-        self._mujoco = mujoco
         self._task = task(self._env)
         self.spec = env.spec
         self.num_envs = num_envs
@@ -83,7 +90,8 @@ class MujocoV5VecEnv(VectorEnv):
         self.max_steps = max_steps or int((env.spec.max_episode_steps if env.spec else 0) or 0)
         self.metadata = {**self._env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         state = gym.spaces.Box(-np.inf, np.inf, (self._task.obs_dim,), dtype)
-        self.single_observation_space = gym.spaces.Dict({"state": state})
+        self.single_observation_space = select(gym.spaces.Dict({"state": state}), list(obs_keys))
+        self._fast_render = fast_render
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.single_action_space = env.action_space
         self.action_space = batch_space(env.action_space, num_envs)
@@ -108,7 +116,7 @@ class MujocoV5VecEnv(VectorEnv):
         return self._team.threads
 
     def _link(self) -> tuple[Views, list[list[tuple[np.ndarray, np.ndarray]]]]:
-        """Batch buffers, and per environment the (row of a buffer, view into MjData) pairs to copy after a step."""
+        """Batch buffers, and per environment the (row, view into MjData) pairs to copy after a step."""
         sources = [self._task.sources(data) for data in self._data]
         views = {name: np.zeros((self.num_envs, view.size)) for name, view in sources[0].items()}
         copies = [
@@ -118,8 +126,8 @@ class MujocoV5VecEnv(VectorEnv):
 
     def _make_work(self) -> Any:
         """The hot loop. Everything it touches is bound to locals once."""
-        step, model, frame_skip = self._mujoco.mj_step, self._model, int(self._env.frame_skip)
-        forces = self._mujoco.mj_rnePostConstraint if self._task.contact_forces else None
+        step, model, frame_skip = mujoco.mj_step, self._model, int(self._env.frame_skip)
+        forces = mujoco.mj_rnePostConstraint if self._task.contact_forces else None
         per_env = [(data, data.ctrl, self._ctrl[i], self._copies[i]) for i, data in enumerate(self._data)]
 
         def work(jobs: Iterator[int]) -> None:
@@ -147,7 +155,7 @@ class MujocoV5VecEnv(VectorEnv):
         """
         if not self._started:
             raise EnvError("step() before reset(). Fix: call reset() first")
-        actions = self._check_actions(actions)
+        actions = check_actions(actions, self.num_envs, self._ctrl.shape[1])
         self._ctrl[:] = actions
         self._team.run(self._work, range(self.num_envs))
         self._elapsed += 1
@@ -170,15 +178,12 @@ class MujocoV5VecEnv(VectorEnv):
         """Start new episodes.
 
         Args:
-            seed: one seed per environment, a base seed (environment i gets `seed + i`), or None to go on with the
-                random streams.
+            seed: one seed per environment, a base seed (environment i gets `seed + i`), or None to go on
+                with the random streams.
             options: `reset_mask` (N,) bool resets only the environments where it is true.
         """
         super().reset(seed=None)
-        seeds = [None] * self.num_envs if seed is None else seed
-        seeds = [int(seeds) + i for i in range(self.num_envs)] if np.isscalar(seeds) else list(seeds)  # type: ignore[arg-type]
-        if len(seeds) != self.num_envs:
-            raise EnvError(f"reset got {len(seeds)} seeds for {self.num_envs} environments")
+        seeds = per_env_seeds(seed, self.num_envs)
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)), dtype=bool)
         if mask.shape != (self.num_envs,):
             raise EnvError(f"reset_mask has shape {mask.shape}, expected ({self.num_envs},)")
@@ -194,12 +199,12 @@ class MujocoV5VecEnv(VectorEnv):
         return {"state": state}, {}
 
     def _reset(self, indices: np.ndarray, state: np.ndarray) -> None:
-        """Reset environments with Gymnasium's own `reset_model`; writes their rows of `state` and of all buffers."""
+        """Reset with Gymnasium's own `reset_model`; writes the rows of `state` and of all buffers."""
         env, template = self._env, self._render_data
         try:
             for i in indices:
                 env.data, env._np_random = self._data[i], self._rngs[i]
-                self._mujoco.mj_resetData(self._model, env.data)
+                mujoco.mj_resetData(self._model, env.data)
                 state[i] = env.reset_model()
                 for row, view in self._copies[i]:
                     row[:] = view
@@ -209,29 +214,15 @@ class MujocoV5VecEnv(VectorEnv):
         rows = {name: view[indices] for name, view in self._views.items()}
         self._before[indices] = self._task.position(rows)
 
-    def _check_actions(self, actions: np.ndarray) -> np.ndarray:
-        actions = np.asarray(actions)
-        expected = (self.num_envs, self._model.nu)
-        if actions.shape != expected:
-            raise EnvError(f"action has shape {actions.shape}, expected {expected}: one row per environment")
-        if actions.dtype.kind != "f":
-            actions = actions.astype(np.float64)
-        if not np.isfinite(actions.sum()):
-            bad = np.argwhere(~np.isfinite(actions))
-            if len(bad):
-                i, j = bad[0]
-                raise EnvError(
-                    f"action {actions[i, j]} in environment {i}, dimension {j}: actions must be finite"
-                )
-        return actions
-
     def get_state(self) -> dict[str, np.ndarray]:
-        """Everything a bitwise resume needs: physics with the solver's warm start, counters, random streams."""
-        spec = int(self._mujoco.mjtState.mjSTATE_INTEGRATION)
-        physics = np.zeros((self.num_envs, self._mujoco.mj_stateSize(self._model, spec)))
+        """All a bitwise resume needs: physics with the solver's warm start, counters, random streams."""
+        if not self._started:
+            raise EnvError("get_state() before reset(). Fix: call reset() first")
+        spec = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+        physics = np.zeros((self.num_envs, mujoco.mj_stateSize(self._model, spec)))
         for data, row in zip(self._data, physics, strict=True):
-            self._mujoco.mj_getState(self._model, data, row, spec)
-        streams = np.stack([pack_generator(rng) for rng in self._rngs])
+            mujoco.mj_getState(self._model, data, row, spec)
+        streams = np.stack([pack_generator(rng) for rng in self._rngs if rng is not None])
         return {
             "physics": physics,
             "elapsed": self._elapsed.copy(),
@@ -245,17 +236,17 @@ class MujocoV5VecEnv(VectorEnv):
         Raises:
             EnvError: it comes from another task or another number of environments.
         """
-        spec = int(self._mujoco.mjtState.mjSTATE_INTEGRATION)
-        expected = (self.num_envs, self._mujoco.mj_stateSize(self._model, spec))
+        spec = int(mujoco.mjtState.mjSTATE_INTEGRATION)
+        expected = (self.num_envs, mujoco.mj_stateSize(self._model, spec))
         if state["physics"].shape != expected:
             raise EnvError(
                 f"saved physics has shape {state['physics'].shape}, this environment needs {expected}"
             )
         for i, data in enumerate(self._data):
-            self._mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
-            self._mujoco.mj_forward(self._model, data)
+            mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
+            mujoco.mj_forward(self._model, data)
             # mj_forward is for rendering and derived fields; it must not leave its own warm start behind.
-            self._mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
+            mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
             for row, view in self._copies[i]:
                 row[:] = view
         self._elapsed[:] = state["elapsed"]
@@ -269,37 +260,11 @@ class MujocoV5VecEnv(VectorEnv):
             return None
         frames = []
         for i in range(self.num_envs) if indices is None else indices:
-            self._mujoco.mj_copyData(self._render_data, self._model, self._data[i])
-            frames.append(self._env.render())
+            mujoco.mj_copyData(self._render_data, self._model, self._data[i])
+            frames.append(fast_frames(self._env) if self._fast_render else self._env.render())
         return tuple(frames)
 
     def close_extras(self, **kwargs: Any) -> None:
         """End the threads and free the renderer."""
         self._team.close()
         self._wrapped.close()
-
-
-def pack_generator(rng: np.random.Generator | None) -> np.ndarray:
-    """State of a PCG64 generator as 6 uint64; zeros for none."""
-    if rng is None:
-        return np.zeros(6, dtype=np.uint64)
-    state = rng.bit_generator.state
-    low = (1 << 64) - 1
-    value, inc = state["state"]["state"], state["state"]["inc"]
-    words = (value >> 64, value & low, inc >> 64, inc & low, state["has_uint32"], state["uinteger"])
-    return np.array(words, dtype=np.uint64)
-
-
-def unpack_generator(words: np.ndarray) -> np.random.Generator:
-    """Generator of `pack_generator` output; zeros give a freshly seeded one."""
-    if not words.any():
-        return seeding.np_random(None)[0]
-    high_value, low_value, high_inc, low_inc, has_uint32, uinteger = (int(word) for word in words)
-    bits = np.random.PCG64()
-    bits.state = {
-        "bit_generator": "PCG64",
-        "state": {"state": high_value << 64 | low_value, "inc": high_inc << 64 | low_inc},
-        "has_uint32": has_uint32,
-        "uinteger": uinteger,
-    }
-    return np.random.Generator(bits)

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Observation, reward and termination of Gymnasium's MuJoCo v5 tasks over a whole batch of environments.
 
-Weights, ranges and switches are read from the Gymnasium environment, so keyword arguments of `gym.make` hold. The
-order of operations follows Gymnasium's, so the numbers agree to rounding (most of them to the last bit).
+Weights, ranges and switches are read from the Gymnasium environment, so keyword arguments of `gym.make`
+hold. The order of operations follows Gymnasium's, so the numbers agree to rounding (most of them to the last
+bit).
 """
 
 from __future__ import annotations
@@ -333,8 +334,8 @@ class InvertedDoublePendulum(Task):
         return bonus - (0.01 * x**2 + (y - 2) ** 2) - (1e-3 * v1**2 + 5e-3 * v2**2), terminated
 
 
-# Gymnasium class -> task. Keyed by where the class is defined, so that a subclass with other rewards is not taken
-# for the original.
+# Gymnasium class -> task. Keyed by where the class is defined, so that a subclass with other rewards is not
+# taken for the original.
 TASKS: dict[str, type[Task]] = {
     "gymnasium.envs.mujoco.ant_v5.AntEnv": Ant,
     "gymnasium.envs.mujoco.half_cheetah_v5.HalfCheetahEnv": HalfCheetah,

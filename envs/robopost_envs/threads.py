@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A team of persistent threads that share one list of jobs: how simulators that release the GIL step in parallel."""
+"""A team of persistent threads that share a list of jobs: parallel stepping of simulators without the GIL."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def default_threads(jobs: int) -> int:
 class ThreadTeam:
     """`threads - 1` waiting threads plus the caller.
 
-    `run(work, jobs)` calls `work(iterator)` on every thread with ONE iterator over `jobs`: each thread takes the next
-    job when it is free, so uneven jobs balance themselves. Waking a thread costs two lock operations, an order of
-    magnitude less than a future of `concurrent.futures`.
+    `run(work, jobs)` calls `work(iterator)` on every thread with ONE iterator over `jobs`: each thread takes
+    the next job when it is free, so uneven jobs balance themselves. Waking a thread costs two lock
+    operations, an order of magnitude less than a future of `concurrent.futures`.
 
     Args:
         threads: threads that work, the calling one included.
