@@ -3,8 +3,8 @@
 
 The cache of `demos.zarr` is the folder `demos.zarr.cache/<dataset id>` beside it, or under `$ROBOPOST_CACHE`
 (default `~/.cache/robopost`) where that can't be written. It is keyed by content: after an append the store
-has another id, the old cache is not found and a new one replaces it. Building checks every episode against the
-digest that was recorded when it was appended, so that a damaged store never reaches training.
+has another id, the old cache is not found and a new one replaces it. Building checks every episode against
+the digest that was recorded when it was appended, so that a damaged store never reaches training.
 """
 
 from __future__ import annotations

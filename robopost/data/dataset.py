@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -109,7 +109,7 @@ class Dataset:
             stats, identity = store.stats(), store.dataset_id
             if config.episodes < 0 or config.episodes > len(store):
                 raise ConfigError(
-                    f"data.episodes={config.episodes} must lie in 1..{len(store)}, or be 0 for all of {store.path}"
+                    f"data.episodes={config.episodes} must lie in 1..{len(store)}, or be 0 for all"
                 )
             if 0 < config.episodes < len(store):
                 identity = f"{identity}[:{config.episodes}]"
@@ -180,6 +180,8 @@ class Dataset:
         n_step: int = 1,
         gamma: float = 0.99,
         extra: Sequence[str] = (),
+        history: int = 1,
+        keys: Collection[str] | None = None,
     ) -> Batch:
         """Draw transitions. Never waits for the device.
 
@@ -191,6 +193,8 @@ class Dataset:
             extra: any of `"return_to_go"` (discounted sum of the rewards from here to the episode's end, no
                 bootstrap), `"next_action"` (the action taken at `next_obs`, with `"next_action_mask"` False
                 where none was recorded), or a per-step extra of the store.
+            history: h observations (B, h, ...) as in `sample_chunks`.
+            keys: observation keys wanted, None = all.
 
         Returns:
             Batch with `discount` = gamma^k for the true k, 0 on terminated.
@@ -198,10 +202,17 @@ class Dataset:
         usable = self._index.usable
         pick = self._draw(self.num_transitions, batch_size, generator)
         steps = pick if usable is None else take(usable, pick)
-        return self.transitions_at(steps, n_step=n_step, gamma=gamma, extra=extra)
+        return self.transitions_at(steps, n_step=n_step, gamma=gamma, extra=extra, history=history, keys=keys)
 
     def transitions_at(
-        self, steps: Tensor, *, n_step: int = 1, gamma: float = 0.99, extra: Sequence[str] = ()
+        self,
+        steps: Tensor,
+        *,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        extra: Sequence[str] = (),
+        history: int = 1,
+        keys: Collection[str] | None = None,
     ) -> Batch:
         """The transitions that begin at `steps` (B,) int64 (each one usable); see `sample`."""
         index = self._index
@@ -217,11 +228,15 @@ class Dataset:
             last = steps + span - 1
             power = torch.pow(float(gamma), span.to(torch.float32))
         row, next_row = take(index.row, steps), take(index.next_row, last)
+        if history > 1:
+            first = take(index.first_row, steps)
+            row, next_row = self._past(row, first, history), self._past(next_row, first, history)
+        wanted = self.obs if keys is None else {key: self.obs[key] for key in keys}
         batch = Batch(
-            obs={key: take(value, row) for key, value in self.obs.items()},
+            obs={key: take(value, row) for key, value in wanted.items()},
             action=take(self.action, steps),
             reward=reward,
-            next_obs={key: take(value, next_row) for key, value in self.obs.items()},
+            next_obs={key: take(value, next_row) for key, value in wanted.items()},
             terminated=take(self.terminated, last),
             truncated=take(self.truncated, last),
             discount=take(self._goes_on, last) * power,
@@ -242,7 +257,7 @@ class Dataset:
                 With h = 1 there is no history dimension.
 
         Returns:
-            Batch with action (B, H, A), chunk_mask (B, H), no `next_obs`; reward, terminated and truncated are
+            Batch with action (B, H, A), chunk_mask (B, H), no `next_obs`; reward and flags are
             those of the first step.
         """
         steps = self._draw(self.num_steps, batch_size, generator)
@@ -255,8 +270,7 @@ class Dataset:
         end = take(index.end, steps)[:, None]
         rows = take(index.row, steps)
         if history > 1:
-            back = torch.arange(1 - history, 1, device=self._home)
-            rows = torch.maximum(rows[:, None] + back, take(index.first_row, steps)[:, None])
+            rows = self._past(rows, take(index.first_row, steps), history)
         batch = Batch(
             obs={key: take(value, rows) for key, value in self.obs.items()},
             action=take(self.action, torch.minimum(ahead, end - 1)),
@@ -268,6 +282,10 @@ class Dataset:
             chunk_mask=ahead < end,
         )
         return self._deliver(batch)
+
+    def _past(self, rows: Tensor, first: Tensor, history: int) -> Tensor:
+        back = torch.arange(1 - history, 1, device=self._home)
+        return torch.maximum(rows[:, None] + back, first[:, None])
 
     def _draw(self, high: int, batch_size: int, generator: torch.Generator) -> Tensor:
         if high == 0:

@@ -14,8 +14,8 @@ Layout (plain zarr, readable without robopost)::
 
 **Durability.** Appended episodes wait in memory until about one shard is full; `flush()` (and leaving the
 context, and every automatic flush) is the point after which they survive kill -9 and power loss. A flush
-writes the arrays first, each file atomically, and then replaces `meta/zarr.json`, the commit record. Rows behind the
-record don't exist: an episode that was being written is dropped when the store is opened next.
+writes the arrays first, each file atomically, and then replaces `meta/zarr.json`, the commit record. Rows
+behind the record don't exist: an episode that was being written is dropped when the store is opened next.
 """
 
 from __future__ import annotations
