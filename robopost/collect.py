@@ -12,11 +12,13 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from robopost.artefacts.source import open_policy
 from robopost.compose import to_dict
 from robopost.config import CollectConfig, TrainConfig
 from robopost.data.episode import Episode
 from robopost.data.store import EpisodeStore, is_store
 from robopost.errors import ConfigError, DataError, EnvError
+from robopost.loops.run import resolve_device
 from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
 from robopost.registry import ENVS
@@ -97,10 +99,7 @@ def collect(
     done = _recorded(path, facts)
     result = CollectResult(path, episodes=done)
     if done < config.episodes:
-        learnt = policy or _load(config)
-        vec = make_vec(
-            config.env, min(config.num_envs, config.episodes - done), history=learnt.history if learnt else 1
-        )
+        learnt, vec = _open_actor(config, policy, min(config.num_envs, config.episodes - done))
         try:
             actor = _actor(learnt, config, vec)
             with _open(path, vec, facts) as store:
@@ -162,13 +161,12 @@ def _open(path: Path, vec: VecEnv, facts: dict[str, Any]) -> EpisodeStore:
     return EpisodeStore.create(path, spec=vec.spec, fps=fps, source=source, metadata={"collect": facts})
 
 
-def _load(config: CollectConfig) -> Policy | None:
+def _open_actor(config: CollectConfig, policy: Policy | None, num_envs: int) -> tuple[Policy | None, VecEnv]:
+    if policy is not None:
+        return policy, make_vec(config.env, num_envs, history=policy.history)
     if config.policy in ("script", "random"):
-        return None
-    from robopost.artefacts.source import open_policy
-    from robopost.loops.run import resolve_device
-
-    return open_policy(config.policy, config.env, resolve_device(config.device))
+        return None, make_vec(config.env, num_envs)
+    return open_policy(config.policy, config.env, num_envs, device=resolve_device(config.device))
 
 
 def _actor(policy: Policy | None, config: CollectConfig, vec: VecEnv) -> Actor:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`open_policy`: whatever a user may name as a policy, as a `Policy` ready to act."""
+"""`open_policy`: whatever a user may name as a policy, together with the environment it acts in."""
 
 from __future__ import annotations
 
@@ -8,68 +8,84 @@ from pathlib import Path
 
 import torch
 
-from robopost.artefacts.checkpoint import load_json, load_policy
-from robopost.compose import env_config_from_dict, group_from_dict
+from robopost.artefacts.checkpoint import load_json
+from robopost.compose import env_config_from_dict
 from robopost.config import EnvConfig
-from robopost.errors import CheckpointError, ConfigError, require
-from robopost.policies.base import Policy, build_policy
-from robopost.vector import make_vec
+from robopost.errors import CheckpointError, require
+from robopost.policies.base import Policy
+from robopost.policies.pretrained import check_fits, load_pretrained
+from robopost.policies.reference import index_entry
+from robopost.vector import VecEnv, make_vec
 
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 HUB_FILES = ("policy.json", "policy.safetensors", "config.json")
 
 
-def open_policy(name: str, env: EnvConfig | None = None, device: torch.device | str = "cpu") -> Policy:
-    """Load a policy to act with.
+def open_policy(
+    name: str,
+    env: EnvConfig,
+    num_envs: int,
+    *,
+    device: torch.device | str = "cpu",
+    render: str | None = None,
+) -> tuple[Policy, VecEnv]:
+    """Load a policy and make the environments it is to act in, checked against each other.
 
     Args:
         name: run folder, checkpoint, policy folder, `.npz` actor, or the id of a repository on the Hugging Face hub.
-        env: the environment it will act in; an `.npz` actor takes its shapes from there.
+        env: config of the environment.
+        num_envs: parallel copies.
         device: where the policy goes.
+        render: render mode of the environment.
+
+    Returns:
+        (policy in evaluation mode, environments that stack the history it sees). The caller closes them.
 
     Raises:
-        CheckpointError: nothing there, or corrupt.
-        ConfigError: an `.npz` actor without an environment.
+        CheckpointError: nothing at `name`, or corrupt.
+        ConfigError: the policy was made for other observations or actions.
         MissingExtraError: a hub id and no hub client.
     """
-    path = Path(name).expanduser()
+    path = local(name)
     if path.suffix == ".npz":
         if not path.is_file():
             raise CheckpointError(f"no policy at {name}: it does not exist")
-        if env is None:
-            raise ConfigError(
-                f"policy={name} says nothing about its environment. Fix: add env=<name or Gymnasium id>"
-            )
-        vec = make_vec(env, 1)
-        try:
-            config = group_from_dict("policy", {"name": "pretrained", "path": str(path)})
-            return build_policy(config, vec.spec).to(device).eval()
-        finally:
-            vec.close()
-    return load_policy(local(name), device)
+        policy = None
+    else:
+        policy = load_pretrained(path, device=device)
+    vec = make_vec(env, num_envs, history=policy.history if policy else 1, render=render)
+    try:
+        if policy is None:
+            policy = load_pretrained(path, vec.spec, device)
+        else:
+            check_fits(policy, vec.spec, f"policy={name}")
+    except BaseException:
+        vec.close()
+        raise
+    return policy.eval(), vec
 
 
 def local(name: str) -> Path:
-    """The folder of a policy: `name` itself, or a download of the hub repository it names."""
+    """The path of a policy: `name` itself, or a download of the hub repository it names."""
     path = Path(name).expanduser()
-    if path.exists() or not HUB_ID.match(name) or name.startswith(("runs/", "./", "../")):
+    if path.exists() or path.suffix == ".npz" or not HUB_ID.match(name) or name.startswith(("runs/", ".")):
         return path
     hub = require("huggingface_hub", "hub")
     try:
         return Path(hub.snapshot_download(name, allow_patterns=list(HUB_FILES)))
     except (OSError, ValueError) as error:  # its HTTP errors are OSErrors
         reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"no folder {name!r} here, and the hub gives no policy of that name: {reason}"
-        ) from error
+        raise CheckpointError(f"no folder {name} here, and the hub has no such policy: {reason}") from error
 
 
-def trained_env(name: str) -> EnvConfig | None:
-    """The environment a policy was trained in, where its run folder is at hand."""
-    folder = Path(name).expanduser()
-    for candidate in (folder, *list(folder.parents)[:2]):
-        path = candidate / "config.json"
-        if path.is_file():
-            stored = load_json(path).get("env")
+def trained_env(name: str | Path) -> EnvConfig | str | None:
+    """The environment a policy was trained in: its config, a Gymnasium id (of an npz actor's index), or None."""
+    path = Path(name).expanduser()
+    if path.suffix == ".npz":
+        return index_entry(path).get("env") if path.is_file() else None
+    for folder in (path, *list(path.parents)[:2]):  # the run folder, or a checkpoint two levels below it
+        config = folder / "config.json"
+        if config.is_file():
+            stored = load_json(config).get("env")
             return env_config_from_dict(stored) if stored else None
     return None

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     """Run the command. Exit code 1 when a cell failed."""
     parser = make_parser(
         "bench",
-        "Run a benchmark of benchmarks/ and write results/. Finished cells are kept: a second call fills the rest.",
+        "Run a benchmark of benchmarks/ and write results/. A second call does only what is missing.",
         EXAMPLES,
     )
     parser.add_argument("name", nargs="?", help="a file of benchmarks/, without .py")
@@ -39,9 +39,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--summary", action="store_true", help="print every figure and whether its target holds"
     )
-    parser.add_argument(
-        "--render", action="store_true", help="bring the tables of README.md and docs/ up to date"
-    )
+    parser.add_argument("--render", action="store_true", help="update the tables in README.md and docs/")
     parser.add_argument("--check", action="store_true", help="fail where those tables are stale")
     args = parser.parse_args(argv)
 

@@ -40,34 +40,47 @@ def main(argv: Sequence[str]) -> int:
 
     from robopost.artefacts.source import local, open_policy, trained_env
     from robopost.compose import compose
-    from robopost.evaluate.rollout import evaluate
+    from robopost.evaluate.rollout import MAX_PARALLEL, evaluate
     from robopost.loops.run import resolve_device
 
     setup_logging()
-    if not name.endswith(".npz"):
-        name = str(local(name))
-    config = compose(args.overrides, "eval", config_dirs=args.config_dir, given={"env": trained_env(name)})
+    name = str(local(name))
+    words, home = list(args.overrides), trained_env(name)
+    if isinstance(home, str) and not pluck(words, "env"):
+        words.insert(0, f"env={home}")
+    given = {} if isinstance(home, str) else {"env": home}
+    config = compose(words, "eval", config_dirs=args.config_dir, given=given)
     if config.env is None:
         raise ConfigError(f"no environment: policy={name} carries none. Fix: add env=<name or Gymnasium id>")
-    policy = open_policy(name, config.env, resolve_device(config.device))
+    count = min(config.num_envs, config.episodes) or _even_waves(config.episodes, MAX_PARALLEL)
+    device, render = resolve_device(config.device), "rgb_array" if config.video else None
+    policy, vec = open_policy(name, config.env, count, device=device, render=render)
     out = Path(config.out) if config.out else _default_folder(name)
-    result = evaluate(
-        policy,
-        config.env,
-        episodes=config.episodes,
-        seed=config.seed,
-        num_envs=config.num_envs,
-        deterministic=config.deterministic,
-        video=out / "eval.mp4" if config.video else None,
-        video_episodes=config.video,
-        progress=console().is_terminal,
-    )
+    try:
+        result = evaluate(
+            policy,
+            vec,
+            episodes=config.episodes,
+            seed=config.seed,
+            deterministic=config.deterministic,
+            video=out / "eval.mp4" if config.video else None,
+            video_episodes=config.video,
+            progress=console().is_terminal,
+        )
+    finally:
+        vec.close()
+    result.env = config.env.name
     _write(out, result, name)
     _show(result, name, config.env)
     console().print(
         f"written: {out / 'eval.json'}" + (f", {out / 'eval.mp4'}" if config.video else ""), markup=False
     )
     return 0
+
+
+def _even_waves(episodes: int, most: int) -> int:
+    """Environments per wave: as few waves as possible, all of nearly the same size."""
+    return -(-episodes // -(-episodes // most))
 
 
 def _default_folder(name: str) -> Path:
