@@ -4,16 +4,15 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from robopost.algos.base import Algorithm
-from robopost.data.batch import Batch, concat
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
+from robopost.data.mixture import MixedSampler
 from robopost.errors import ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.run import Files, Run
@@ -40,7 +39,9 @@ def run_offpolicy(run: Run) -> None:
         if policy.wraps_env:
             env = policy.wrap_env(env)
         collector = Collector(env, run)
-        buffer = ReplayBuffer(policy.spec, config.loop.buffer_size, env.num_envs, device=str(run.device))
+        buffer = ReplayBuffer(
+            policy.spec, config.loop.buffer_size, env.num_envs, run.device, history=env.history
+        )
         state = run.prepare(algo)
         collector.start(state)
         due = 0.0
@@ -48,11 +49,14 @@ def run_offpolicy(run: Run) -> None:
         if state is not None:
             buffer.restore(journal, state["buffer"])
             due = float(state["due"])
-        if demos is not None:
-            demos = policy.label_demos(demos) if policy.wraps_env else demos
+        sampler: ReplayBuffer | MixedSampler = buffer
+        if needs.demo_fraction > 0 and demos is not None:
+            sampler = MixedSampler(buffer, policy.label_demos(demos), needs.demo_fraction)
 
         def extra_state() -> tuple[Files, dict[str, Any]]:
             files, plain = collector.state()
+            if not env.can_save:
+                buffer.cut()  # the collector starts new episodes after this checkpoint, resumed or not
             return files, plain | {"due": due, "buffer": buffer.journal(journal)}
 
         while run.step < config.loop.steps:
@@ -66,14 +70,19 @@ def run_offpolicy(run: Run) -> None:
             if now > needs.warmup_steps:
                 due += needs.updates_per_step * env.num_envs
                 while due >= 1.0:
-                    batch = _sample(run, algo, buffer, demos)
+                    batch = sampler.sample(
+                        needs.batch_size,
+                        run.generators["data"],
+                        n_step=needs.n_step,
+                        gamma=needs.gamma,
+                        extra=needs.extra,
+                    )
                     run.record(algo.update(policy.normaliser.batch(batch)))
                     due -= 1.0
             run.add_time("time/update", time.perf_counter() - began)
             if run.after(now, algo, extra_state):
-                buffer.prune(journal)
-                if collector.cut_if_unsaved():
-                    buffer.cut()
+                buffer.prune(journal, buffer.total)
+                collector.cut_if_unsaved()
     finally:
         env.close()
 
@@ -89,12 +98,3 @@ def _explore(run: Run, algo: Algorithm, collector: Collector) -> np.ndarray:
         action = algo.explore(obs, generator)
     return action.cpu().numpy()
 
-
-def _sample(run: Run, algo: Algorithm, buffer: ReplayBuffer, demos: Dataset | None) -> Batch:
-    needs, generator = algo.needs, run.generators["data"]
-    options: dict[str, Any] = {"n_step": needs.n_step, "gamma": needs.gamma, "extra": needs.extra}
-    from_demos = round(needs.batch_size * needs.demo_fraction)
-    if demos is None or from_demos == 0:
-        return buffer.sample(needs.batch_size, generator, **options)
-    online = buffer.sample(needs.batch_size - from_demos, generator, **options)
-    return concat(online, demos.sample(from_demos, generator, **options))

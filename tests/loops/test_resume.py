@@ -21,7 +21,7 @@ from robopost.loops import train
 from robopost.registry import ALGOS
 
 POLICY = {
-    "bc": ["policy=flow", "policy.horizon=4", "policy.hidden=[16]"],
+    "bc": ["policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1"],
     "td3_bc": ["policy=deterministic", "policy.hidden=[16]"],
     "iql": ["policy=gaussian", "policy.hidden=[16]"],
     "td3": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
@@ -83,7 +83,7 @@ def assert_same_run(first, second):
     assert load_json(a / "state.json") == load_json(b / "state.json")
 
 
-@pytest.mark.parametrize(("algo", "env"), cases())
+@pytest.mark.parametrize(("algo", "env"), list(cases()))
 def test_train_2n_equals_train_n_resume_n_bitwise(algo, env, store, tmp_path):
     base = words(algo, store, env)
     full = 60 if env is None else 120
