@@ -62,6 +62,11 @@ class ObservationAdapter:
             if not isinstance(leaf, gym.spaces.Box):
                 where = "/".join(path) or "observation"
                 raise EnvError(f"{where} is a {leaf}: robopost needs Box observations or dicts of them")
+            if len(leaf.shape) > 2 and not _is_image(leaf):
+                raise EnvError(
+                    f"{'/'.join(path) or 'observation'} has shape {leaf.shape} and dtype {leaf.dtype}: "
+                    "images must be uint8 (H, W, C)"
+                )
             (images if _is_image(leaf) else vectors).append((path, leaf))
         self.parts = [("/".join(path), int(np.prod(leaf.shape))) for path, leaf in vectors]
         self._vectors = [path for path, _ in vectors]
@@ -83,6 +88,28 @@ class ObservationAdapter:
             out["state"] = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         for key, path in self._images.items():
             out[key] = np.asarray(_get(raw, path))
+        return out
+
+
+class BatchAdapter(ObservationAdapter):
+    """The same mapping over a batch of torch tensors (N, ...), on their device; results are new tensors."""
+
+    def __call__(self, raw: Any) -> dict[str, Any]:
+        """Convert a batch of observations."""
+        import torch
+
+        out: dict[str, Any] = {}
+        if self._vectors:
+            pieces = [_get(raw, path).flatten(1).to(torch.float32) for path in self._vectors]
+            out["state"] = torch.cat(pieces, dim=1)
+        for key, path in self._images.items():
+            image = _get(raw, path)
+            if image.dtype != torch.uint8:
+                name = "/".join(path)
+                raise EnvError(
+                    f"{name} is {image.dtype}, images must be uint8. Fix: normalize=False in its term"
+                )
+            out[key] = image.clone()
         return out
 
 
