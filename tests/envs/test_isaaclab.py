@@ -254,7 +254,7 @@ def test_bad_actions_and_groups():
         env.step(np.zeros((N, 4)))
     with pytest.raises(EnvError, match="environment 2, dimension 0"):
         env.step(np.array([[0.0], [0.0], [np.nan]]))
-    with pytest.raises(EnvError, match=r"obs_group='actor'.*policy"):
+    with pytest.raises(EnvError, match=r"obs_group 'actor'.*policy"):
         IsaacLabVecEnv(Direct(config()), obs_group="actor")
 
 

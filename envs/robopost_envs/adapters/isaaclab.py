@@ -27,7 +27,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from robopost.config import EnvConfig
-from robopost.errors import ConfigError, EnvError, require
+from robopost.errors import ConfigError, EnvError, require, unknown
 from robopost.registry import ENVS
 
 from ..batching import check_actions
@@ -153,8 +153,7 @@ class IsaacLabVecEnv(VectorEnv):
         self.spec = env.spec
         groups = base.single_observation_space
         if obs_group not in groups.spaces:
-            raise
-            EnvError(f"env.obs_group={obs_group!r} does not exist. Available: {', '.join(groups.spaces)}")
+            raise unknown("env.obs_group", obs_group, groups.spaces, EnvError)
         self._group, self._adapter = obs_group, BatchAdapter(_with_images(groups[obs_group]))
         self.single_observation_space = select(self._adapter.space, list(obs_keys))
         self._keys = list(self.single_observation_space.spaces)
