@@ -52,8 +52,8 @@ def build_denoiser(
     """Build a backbone.
 
     Args:
-        backbone: `mlp` (`depth` residual blocks of `width`), `unet` (`depth` levels of `width`, 2 `width`, ...) or
-            `transformer` (`depth` blocks of `width`).
+        backbone: `mlp` (`depth` residual blocks of `width`), `unet` (`depth` levels of `width`, 2 `width`, ...)
+            or `transformer` (`depth` blocks of `width`).
         horizon: chunk length H.
         action_dim: size of an action A.
         cond_dim: size of the encoded observation D.

@@ -143,8 +143,8 @@ def random_shift(frames: Tensor, pixels: int, generator: torch.Generator) -> Ten
 class InstructionEncoder(nn.Module):
     """UTF-8 bytes (B, 64), zero-padded, to (B, features): hashed word embeddings, position aware, averaged.
 
-    Words are split at spaces and lower-cased (ASCII). Each hashes into one of 4096 learned vectors; the position
-    enters before a nonlinearity, so that "red to blue" and "blue to red" differ.
+    Words are split at spaces and lower-cased (ASCII). Each hashes into one of 4096 learned vectors; the
+    position enters before a nonlinearity, so that "red to blue" and "blue to red" differ.
     """
 
     def __init__(self, features: int, length: int = 64) -> None:

@@ -17,8 +17,8 @@ from robopost.nets.mlp import build_activation
 class EnsembleLinear(nn.Module):
     """`members` independent linear layers: (B, in) or (E, B, in) -> (E, B, out).
 
-    Weights are (E, in, out), so that a forward is one `baddbmm`. At 2 x 256 x 256 and batch 256 it is as fast on
-    CPU as the best alternative (matrix products dominate); on a GPU it is one kernel launch instead of E.
+    Weights are (E, in, out), so that a forward is one `baddbmm`. At 2 x 256 x 256 and batch 256 it is as fast
+    on CPU as the best alternative (matrix products dominate); on a GPU it is one kernel launch instead of E.
     Each member is initialised as `torch.nn.Linear` initialises: U(-1/sqrt(in), 1/sqrt(in)).
     """
 

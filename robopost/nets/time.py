@@ -12,7 +12,7 @@ from robopost.errors import ConfigError
 
 
 class SinusoidalEmbedding(nn.Module):
-    """(B,) scalars in [0, 1] to (B, dim): sines and cosines at geometric frequencies from 1 to `max_frequency` rad.
+    """(B,) scalars in [0, 1] to (B, dim): sines and cosines at geometric frequencies, 1 to `max_frequency`.
 
     Raises:
         ConfigError: `dim` is odd or below 4.

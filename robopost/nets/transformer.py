@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minimal transformer denoiser: one token per action of the chunk, the condition through adaptive LayerNorm."""
+"""Minimal transformer denoiser: one token per action, the condition through adaptive LayerNorm."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from robopost.nets.time import TimeEmbedding
 
 
 class Block(nn.Module):
-    """Self-attention and MLP with scale, shift and gate from the condition (Peebles and Xie 2023, adaLN-Zero)."""
+    """Self-attention and MLP; scale, shift and gate from the condition (Peebles and Xie 2023, adaLN-Zero)."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()

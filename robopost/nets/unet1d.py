@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Conditional 1-D U-Net over the steps of an action chunk (Chi et al. 2023, Diffusion Policy, section IV-A)."""
+"""Conditional 1-D U-Net over the steps of a chunk (Chi et al. 2023, Diffusion Policy, section IV-A)."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class UNet1D(nn.Module):
         factor = 2 ** (len(channels) - 1)
         if horizon % factor:
             raise ConfigError(
-                f"policy.horizon={horizon} must be a multiple of {factor} for a U-Net of depth {len(channels)}. "
+                f"policy.horizon={horizon} must be a multiple of {factor} with U-Net depth {len(channels)}. "
                 "Fix: change horizon, lower depth, or use backbone=mlp"
             )
         if any(width % GROUPS for width in channels):

@@ -29,7 +29,7 @@ class DeterministicConfig(EncodedConfig):
 
 @POLICIES.register("deterministic", config=DeterministicConfig)
 class Deterministic(Policy):
-    """One action chunk per observation, no randomness: the actor of TD3 and TD3+BC, and plain regression for BC."""
+    """One chunk per observation, no randomness: the actor of TD3 and TD3+BC, plain regression for BC."""
 
     registry_name = "deterministic"
 

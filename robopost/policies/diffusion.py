@@ -51,10 +51,10 @@ class DiffusionConfig(EncodedConfig):
 
 @POLICIES.register("diffusion", config=DiffusionConfig)
 class Diffusion(Policy):
-    """Denoising diffusion over action chunks (Chi et al. 2023; Ho et al. 2020, eq. 14; Song et al. 2021, eq. 12).
+    """Denoising diffusion over chunks (Chi et al. 2023; Ho et al. 2020, eq. 14; Song et al. 2021, eq. 12).
 
-    With `deterministic` the chunk comes from DDIM with eta = 0 and one noise tensor fixed with the weights, whichever
-    sampler is configured: the same observation always gives the same chunk.
+    With `deterministic` the chunk comes from DDIM with eta = 0 and one noise tensor fixed with the weights,
+    whichever sampler is configured: the same observation always gives the same chunk.
     """
 
     registry_name = "diffusion"
@@ -101,7 +101,7 @@ class Diffusion(Policy):
         return x.clamp(-self.clip, self.clip), None, torch.stack(chain, dim=1)
 
     def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Mean squared error of the configured prediction at a random noise level (Ho et al. 2020, eq. 14)."""
+        """Squared error of the configured prediction at a random noise level (Ho et al. 2020, eq. 14)."""
         cond = self.encoder(obs, generator)
         chunk = chunk * mask.unsqueeze(-1)  # padding must not reach the network's input either
         noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)

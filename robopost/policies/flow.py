@@ -23,8 +23,8 @@ VARIANTS = ("rectified", "shortcut")
 class TimeGrid:
     """The times t_k = k/K, k = 0..K-1, of `steps` Euler steps from noise (t = 0) to data (t = 1).
 
-    The one place that knows the grid: training targets, the sampler and any later log-probability of the chain read it
-    here. A sampler on linspace(0, 1, K) against a log-probability on k/K diverges in fine-tuning.
+    The one place that knows the grid: training targets, the sampler and any later log-probability of the chain
+    read it here. A sampler on linspace(0, 1, K) against a log-probability on k/K diverges in fine-tuning.
     """
 
     steps: int
@@ -81,9 +81,9 @@ class FlowConfig(EncodedConfig):
 class Flow(Policy):
     """Velocity field that carries Gaussian noise to action chunks; K Euler steps, no log-probability.
 
-    Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field regresses
-    x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn that one step of 2d
-    equals two steps of d.
+    Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field
+    regresses x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn that
+    one step of 2d equals two steps of d.
     """
 
     registry_name = "flow"
@@ -109,7 +109,7 @@ class Flow(Policy):
     def velocity(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor | float | None = None) -> Tensor:
         """Velocity (B, H, A) at `x` (B, H, A) and time `t` (B,), given encoded observations `cond` (B, D).
 
-        `step` is the step size a shortcut model is asked to jump; None = the grid's. Rectified flow ignores it.
+        `step` is the step a shortcut model is asked to jump, None = the grid's; rectified flow ignores it.
         """
         if self.config.variant == "rectified":
             return self.net(x, cond, t)
@@ -171,7 +171,7 @@ class Flow(Policy):
 
     @torch.no_grad()
     def shortcut_target(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor) -> Tensor:
-        """Mean velocity of two half steps (Frans et al. 2024, eq. 4): what one step of size `step` (B,) should be."""
+        """Mean velocity of two half steps (Frans et al. 2024, eq. 4): the target of one step `step` (B,)."""
         half = step / 2
         first = self.velocity(x, t, cond, half)
         second = self.velocity(x + first * half[:, None, None], t + half, cond, half)

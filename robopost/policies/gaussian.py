@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian MLP policy: tanh-squashed with state-dependent std (SAC) or plain with a learned constant std (PPO, IQL)."""
+"""Gaussian MLP policy: tanh-squashed with state-dependent std (SAC), or plain with constant std (PPO, IQL)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,9 @@ class GaussianConfig(EncodedConfig):
 class Gaussian(Policy):
     """Diagonal Gaussian over chunks with an exact log-probability.
 
-    `chain` (B, 1, H, A) is the Gaussian sample before tanh or clipping; `log_prob` is the log-density of the squashed
-    chunk tanh(chain) (Haarnoja et al. 2018, SAC, appendix C, eq. 26), or of the sample itself without squashing.
+    `chain` (B, 1, H, A) is the Gaussian sample before tanh or clipping; `log_prob` is the log-density of the
+    squashed chunk tanh(chain) (Haarnoja et al. 2018, SAC, appendix C, eq. 26), or of the sample itself without
+    squashing.
     """
 
     registry_name = "gaussian"

@@ -77,7 +77,7 @@ class BC(Algorithm):
         return Needs(chunks=True, batch_size=self.config.batch_size)
 
     def update(self, batch: Batch) -> Metrics:
-        """One gradient step on `batch.obs` (B, ...), `batch.action` (B, H, A) and `batch.chunk_mask` (B, H)."""
+        """One gradient step on `obs` (B, ...), `action` (B, H, A) and `chunk_mask` (B, H) of the batch."""
         rate = learning_rate(self.updates, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -100,13 +100,13 @@ class BC(Algorithm):
 
     @torch.no_grad()
     def _average(self) -> None:
-        # A young average must not remember the initial weights: the decay grows as (1 + n) / (10 + n) to its limit.
+        # A young average must not remember the initial weights: the decay grows as (1 + n) / (10 + n).
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - decay)
 
 
 def learning_rate(update: int, config: BCConfig) -> float:
-    """Learning rate of update number `update` (from 0): linear warm-up, then a half cosine to 0 at `decay_steps`."""
+    """Learning rate of update `update` (from 0): linear warm-up, half cosine to 0 at `decay_steps`."""
     rate = config.lr * min(1.0, (update + 1) / max(1, config.warmup))
     if config.decay_steps:
         rate *= 0.5 * (1 + math.cos(math.pi * min(1.0, update / config.decay_steps)))
