@@ -52,7 +52,7 @@ def build_denoiser(
     """Build a backbone.
 
     Args:
-        backbone: `mlp` (`depth` residual blocks of `width`), `unet` (`depth` levels of `width`, 2 `width`, ...)
+        backbone: `mlp` (`depth` residual blocks of `width`), `unet` (`depth` levels of `width`, its double, ...)
             or `transformer` (`depth` blocks of `width`).
         horizon: chunk length H.
         action_dim: size of an action A.

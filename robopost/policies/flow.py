@@ -23,8 +23,8 @@ VARIANTS = ("rectified", "shortcut")
 class TimeGrid:
     """The times t_k = k/K, k = 0..K-1, of `steps` Euler steps from noise (t = 0) to data (t = 1).
 
-    The one place that knows the grid: training targets, the sampler and any later log-probability of the chain
-    read it here. A sampler on linspace(0, 1, K) against a log-probability on k/K diverges in fine-tuning.
+    The one place that knows the grid: training targets, the sampler and any later log-probability of the
+    chain read it here. A sampler on linspace(0, 1, K) with a log-probability on k/K diverges in fine-tuning.
     """
 
     steps: int
@@ -82,8 +82,8 @@ class Flow(Policy):
     """Velocity field that carries Gaussian noise to action chunks; K Euler steps, no log-probability.
 
     Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field
-    regresses x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn that
-    one step of 2d equals two steps of d.
+    regresses x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn
+    that one step of 2d equals two steps of d.
     """
 
     registry_name = "flow"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gaussian MLP policy: tanh-squashed with state-dependent std (SAC), or plain with constant std (PPO, IQL)."""
+"""Gaussian MLP policy: tanh-squashed with state-dependent std (SAC), or with a constant std (PPO, IQL)."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ class Gaussian(Policy):
     """Diagonal Gaussian over chunks with an exact log-probability.
 
     `chain` (B, 1, H, A) is the Gaussian sample before tanh or clipping; `log_prob` is the log-density of the
-    squashed chunk tanh(chain) (Haarnoja et al. 2018, SAC, appendix C, eq. 26), or of the sample itself without
-    squashing.
+    squashed chunk tanh(chain) (Haarnoja et al. 2018, SAC, appendix C, eq. 26), or of the sample itself
+    without squashing.
     """
 
     registry_name = "gaussian"
