@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes a LeRobotDataset v3.0 through the lerobot package; needs nothing else of robopost.
+
+Run as a script in an environment that has lerobot, it reads a header and episodes from standard input, in the form
+that `send_header` and `send_episode` write: JSON lines, each followed by the bytes of the arrays it declares.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+
+
+def send_header(pipe: BinaryIO, header: dict[str, Any]) -> None:
+    """Write the description of the dataset."""
+    pipe.write(json.dumps(header).encode() + b"\n")
+
+
+def send_episode(pipe: BinaryIO, task: str, arrays: Arrays) -> None:
+    """Write one episode."""
+    plain = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+    declared = [[name, value.dtype.str, list(value.shape)] for name, value in plain.items()]
+    pipe.write(json.dumps({"task": task, "arrays": declared}).encode() + b"\n")
+    for value in plain.values():
+        pipe.write(value.tobytes())
+
+
+def receive(pipe: BinaryIO, count: int) -> Iterator[tuple[str, Arrays]]:
+    """Read `count` episodes; fewer of them (the sender died) raise EOFError."""
+    for number in range(count):
+        line = pipe.readline()
+        if not line:
+            raise EOFError(f"the sender stopped after {number} of {count} episodes")
+        head = json.loads(line)
+        arrays = {}
+        for name, dtype, shape in head["arrays"]:
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            data = pipe.read(size)
+            if len(data) != size:
+                raise EOFError(f"the sender stopped in episode {number} of {count}")
+            arrays[name] = np.frombuffer(data, dtype).reshape(shape)
+        yield head["task"], arrays
+
+
+def export(header: dict[str, Any], episodes: Iterable[tuple[str, Arrays]], root: Path) -> None:
+    """Write the dataset into the new folder `root`.
+
+    Args:
+        header: `repo_id`, `fps`, `robot`, `codec`, `video` and `features` (LeRobot's declarations, each with the
+            `source` array it is filled from).
+        episodes: task and per-step arrays of each episode.
+        root: must not exist.
+    """
+    import inspect
+
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    sources = {name: feature["source"] for name, feature in header["features"].items()}
+    features = {
+        name: {"dtype": item["dtype"], "shape": tuple(item["shape"]), "names": item["names"]}
+        for name, item in header["features"].items()
+    }
+    pictures = any(item["dtype"] in ("video", "image") for item in features.values())
+    options = (
+        {"vcodec": header["codec"]} if "vcodec" in inspect.signature(LeRobotDataset.create).parameters else {}
+    )
+    dataset = LeRobotDataset.create(
+        repo_id=header["repo_id"],
+        fps=header["fps"],
+        features=features,
+        root=root,
+        robot_type=header["robot"],
+        use_videos=header["video"],
+        image_writer_threads=4 if pictures else 0,
+        **options,
+    )
+    try:
+        for task, arrays in episodes:
+            for step in range(len(arrays["action"])):
+                frame: dict[str, Any] = {"task": task}
+                for name, source in sources.items():
+                    frame[name] = np.asarray(arrays[source][step]).reshape(features[name]["shape"])
+                dataset.add_frame(frame)
+            dataset.save_episode(parallel_encoding=False)
+    finally:
+        if getattr(dataset, "image_writer", None) is not None:
+            dataset.stop_image_writer()
+        dataset.finalize()
+
+
+def main() -> None:
+    """Entry point of the script: the only argument is the folder to create."""
+    pipe = sys.stdin.buffer
+    header = json.loads(pipe.readline())
+    export(header, receive(pipe, header["episodes"]), Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
