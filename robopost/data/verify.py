@@ -54,18 +54,27 @@ def _foreign(path: Path, format: str, options: dict[str, Any] | None) -> list[Pr
 
 
 def check_source(source: EpisodeSource) -> list[Problem]:
-    """Read every episode of `source` and check it; reading stops at an episode that can't be read."""
+    """Read every episode of `source` and check it.
+
+    Reading goes on after an episode that can't be read where the source's iterator does (a generator stops there).
+    """
     check = _Check(source.spec, source.fps)
-    index = -1
-    try:
-        for index, episode in enumerate(source.episodes):
+    iterator = iter(source.episodes)
+    index = 0
+    while True:
+        try:
+            episode = next(iterator)
+        except StopIteration:
+            break
+        except DataError as error:
+            check.problems.append(_problem(f"episode {index}", error))
+        else:
             check.episode(index, episode)
-    except DataError as error:
-        check.problems.append(_problem(f"episode {index + 1}", error))
-    if source.count and index + 1 < source.count and not check.errors:
+        index += 1
+    if source.count and index < source.count and not check.errors:
         check.add(
             source.source,
-            f"declares {source.count} episodes and holds {index + 1}",
+            f"declares {source.count} episodes and holds {index}",
             "copy it again or re-record",
         )
     check.finish()
