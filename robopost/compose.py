@@ -19,9 +19,9 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from robopost.config import CollectConfig, EvalConfig, TrainConfig
-from robopost.config_files import file_options, search_dirs
+from robopost.config_files import file_options, find_file, search_dirs
 from robopost.errors import ConfigError, nearest, unknown
-from robopost.overrides import Override, field_names, first_line, parse, set_value
+from robopost.overrides import NO_TARGET, TARGET, Override, field_names, first_line, parse, set_value
 from robopost.registry import ALGOS, ENVS, POLICIES, Registry
 
 REGISTRIES: dict[str, Registry] = {"algo": ALGOS, "policy": POLICIES, "env": ENVS}
@@ -207,9 +207,13 @@ def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> None:
     """Put the schema of the root and of every registered name into Hydra's store, once per call: cheap, idempotent."""
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=root.schema)
-    if not any((folder / f"{config_name}.yaml").exists() for folder in dirs):
+    # Hydra looks for the root in its primary folder or in the store, not in further folders of the search path.
+    if not (dirs[0] / f"{config_name}.yaml").exists():
+        path = find_file(".", config_name, dirs)
         defaults: list[Any] = [f"{config_name}_schema", "_self_", *({group: None} for group in root.groups)]
-        store.store(name=config_name, node={"defaults": defaults})
+        store.store(
+            name=config_name, node=yaml.safe_load(path.read_text()) if path else {"defaults": defaults}
+        )
     for group in root.groups:
         if group not in REGISTRIES:
             continue
@@ -283,20 +287,20 @@ def _explain(error: BaseException) -> str:
     """One line from a Hydra or OmegaConf error, with the nearest key where the key is unknown."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     place = re.match(r"In '([^']+)'", lines[0]) if lines else None
     prefix = f"{place.group(1)}.yaml: " if place else ""
     if isinstance(cause, OmegaConfBaseException):
         key = str(getattr(cause, "full_key", None) or getattr(cause, "key", None) or "")
         last = key.rpartition(".")[2]
-        if last == "_target_":
-            return f"{prefix}{key}: _target_ is not allowed, code is chosen by registry name (algo=, ...)"
+        if last == TARGET:
+            return f"{prefix}{key}: {NO_TARGET}"
         names = field_names(getattr(cause, "object_type", None))
         if names and last not in names:
             return f"{prefix}unknown key {key!r}.{nearest(last, names)} Keys: {', '.join(names)}"
         return f"{prefix}{key}: {first_line(cause)}" if key else f"{prefix}{first_line(cause)}"
-    text = " ".join(line for line in lines if not line.startswith(("Search path", "provider=")))
+    text = " ".join(lines).split(" Search path:")[0]
     return text or type(error).__name__
 
 
@@ -305,9 +309,9 @@ def _prune_recipe(name: str, choices: dict[str, Override], dirs: Sequence[Path])
 
     Stores the pruned recipe under `PRUNED` and returns True when something had to go.
     """
-    path = next(
-        folder / "recipe" / f"{name}.yaml" for folder in dirs if (folder / "recipe" / f"{name}.yaml").exists()
-    )
+    path = find_file("recipe", name, dirs)
+    if path is None:
+        return False
     try:
         body = yaml.safe_load(path.read_text()) or {}
     except yaml.YAMLError:
@@ -360,9 +364,7 @@ def _check_tree(node: Any, path: str) -> list[str]:
     keys = []
     for key, child in items:
         where = f"{path}.{key}" if path else str(key)
-        if key == "_target_":
-            raise ConfigError(
-                f"{where}: _target_ is not allowed, code is chosen by registry name (algo=, ...)"
-            )
+        if key == TARGET:
+            raise ConfigError(f"{where}: {NO_TARGET}")
         keys += [where, *_check_tree(child, where)]
     return keys

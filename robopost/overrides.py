@@ -17,6 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from robopost.errors import ConfigError, nearest
 
+TARGET = "_target_"
+NO_TARGET = "_target_ is not allowed, code is chosen by registry name (algo=, policy=, env=)"
+
 
 @dataclass(frozen=True)
 class Override:
@@ -45,10 +48,8 @@ def parse(overrides: Iterable[str]) -> list[Override]:
             raise ConfigError(f"{text!r} is not key=value. Fix: write e.g. seed=1 or loop.steps=1000")
         if key == "hydra" or key.startswith(("hydra.", "hydra/")):
             raise ConfigError(f"{text!r}: settings of Hydra itself have no effect here")
-        if "_target_" in key.split("."):
-            raise ConfigError(
-                f"{text!r}: _target_ is not allowed, code is chosen by registry name (algo=, ...)"
-            )
+        if TARGET in key.split("."):
+            raise ConfigError(f"{text!r}: {NO_TARGET}")
         try:
             override = parser.parse_override(text)
         except HydraException as error:
@@ -99,6 +100,8 @@ def _check_key(node: DictConfig | ListConfig, part: str, override: Override, par
                 f"{override.text}: {'.'.join(parents)} is a list of {len(node)}, {part!r} is no index of it"
             )
         return
+    if part == TARGET:
+        raise ConfigError(f"{override.text}: {NO_TARGET}")
     names = [str(name) for name in node]  # not `part in node`, which is False for a missing value
     if OmegaConf.get_type(node) is dict or part in names:
         return

@@ -119,13 +119,13 @@ def _run(config: TrainConfig, command: str) -> int:
     from robopost.loops import default_folder, train
 
     setup_logging()
-    if not config.out:
-        config = replace(config, out=str(default_folder(config)))
     for name in ("algo", "policy"):
         if getattr(config, name) is None:
             raise ConfigError(
                 f"{name} is not chosen. Fix: add {name}=<name>; `robopost train --help` lists them"
             )
+    if not config.out:
+        config = replace(config, out=str(default_folder(config)))
     try:
         if config.data.collect:
             with progress_bar("recording demonstrations", config.data.collect) as update:
