@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes.util
+import importlib
 import os
 import sys
 from typing import TYPE_CHECKING
@@ -36,10 +37,22 @@ def select_gl() -> None:
             return
 
 
+def _adopt_gl() -> None:
+    """Make `mujoco.Renderer` follow MUJOCO_GL where MuJoCo was imported before `select_gl` ran."""
+    import mujoco
+
+    wanted = os.environ.get("MUJOCO_GL", "").lower()
+    module = sys.modules[mujoco.Renderer.__module__].gl_context
+    present = getattr(module, "GLContext", None)
+    if wanted in ("egl", "osmesa") and getattr(present, "__module__", "") == "mujoco.glfw":
+        module.GLContext = importlib.import_module(f"mujoco.{wanted}").GLContext
+
+
 def fast_model(model: mujoco.MjModel) -> None:
-    """Turn shadow map and multisampling off in `model`; call before any renderer of it is made."""
+    """No shadow map, no multisampling, coarser round shapes; call before any renderer of `model` is made."""
     model.vis.quality.shadowsize = 0
     model.vis.quality.offsamples = 0
+    model.vis.quality.numslices, model.vis.quality.numstacks, model.vis.quality.numquads = 20, 10, 1
 
 
 class FrameRenderer:
@@ -61,6 +74,7 @@ class FrameRenderer:
         self._off = [int(f) for f in (flags.mjRND_SHADOW, flags.mjRND_REFLECTION, flags.mjRND_SKYBOX)]
         self.fast = fast
         try:
+            _adopt_gl()
             self._renderer = mujoco.Renderer(model, height, width)
         except Exception as error:
             backend = os.environ.get("MUJOCO_GL", "unset")

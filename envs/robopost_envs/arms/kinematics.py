@@ -10,7 +10,7 @@ Array = np.ndarray
 SHOULDER = 0.24  # m, height of joint 2 over the table
 UPPER, FOREARM = 0.38, 0.34  # m, joint 2 to joint 3, joint 3 to joint 5
 TOOL = 0.18  # m, joint 5 down to the fingertip site `ee`
-JOINT_LOW = np.array([-2.6, -1.4, -1.2, -2.0, -2.4, -2.9])
+JOINT_LOW = np.array([-2.6, -1.4, -1.6, -2.0, -2.4, -2.9])
 JOINT_HIGH = np.array([2.6, 1.9, 2.3, 2.0, 2.4, 2.9])
 FINGER_TRAVEL = 0.04  # m per finger, 0 = closed
 

@@ -186,7 +186,8 @@ class _Push(_SingleObject):
         block, goal = scene.position[:, 0], scene.goal[:, 0]
         gap = flat(block, goal)
         # The fingertips belong behind the block, seen from the goal; once solved they may be anywhere.
-        behind = block - (goal - block) * (0.05 / np.maximum(gap, 1e-3))[:, None]
+        away = (block - goal) * [1.0, 1.0, 0.0]
+        behind = block + away * (0.05 / np.maximum(gap, 1e-3))[:, None]
         reach = np.where(success, 1.0, near(np.linalg.norm(behind - scene.ee, axis=1), 8.0))
         return 0.2 * reach + 0.4 * near(gap, 6.0) + 0.4 * success
 
