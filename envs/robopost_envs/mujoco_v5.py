@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gymnasium's MuJoCo v5 tasks, vectorised in one process, with bit for bit Gymnasium's numbers.
 
-Every environment has an MjData of its own. A team of threads calls `mj_step` on them (MuJoCo releases the
-GIL), so the solver's warm start and every derived field (contact forces, body positions, which lag the state
-by a Runge-Kutta stage) are the ones Gymnasium sees; `mujoco.rollout` loses both between calls. Python
-touches each environment for about a microsecond per step; rewards and observations are computed for the
-whole batch at once.
+A team of threads calls `mj_step` (MuJoCo releases the GIL), each on one MjData that stays in its cache. An
+environment is a row of numbers, written into the thread's MjData before a step and read back after it. The
+row holds the solver's warm start, and fields derived from the state (contact forces, body positions, which lag
+the state by a Runge-Kutta stage) are read right after the step, so results are Gymnasium's own;
+`mujoco.rollout` keeps neither between calls. Python touches each environment for about two microseconds per
+step; rewards and observations are computed for the whole batch at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -25,10 +26,14 @@ from robopost.errors import EnvError
 from .adapters.observations import select
 from .adapters.rendering import fast_frames
 from .batching import check_actions, per_env_seeds
-from .mujoco_v5_tasks import TASKS, Task, Views
+from .mujoco_v5_tasks import TASKS, Task
 from .mujoco_vec import pack_generator, unpack_generator
 from .threads import ThreadTeam, default_threads
 
+# Everything a step depends on. Other inputs (applied forces, mocap bodies) keep the model's values.
+STATE = int(
+    mujoco.mjtState.mjSTATE_FULLPHYSICS | mujoco.mjtState.mjSTATE_WARMSTART | mujoco.mjtState.mjSTATE_CTRL
+)
 STANDARD_WRAPPERS = ("TimeLimit", "OrderEnforcing", "PassiveEnvChecker")
 
 
@@ -39,9 +44,8 @@ def find_task(env: gym.Env) -> type[Task] | None:
     """
     layer: Any = env
     while isinstance(layer, gym.Wrapper):
-        if type(layer).__name__ not in STANDARD_WRAPPERS or not type(layer).__module__.startswith(
-            "gymnasium."
-        ):
+        kind = type(layer)
+        if kind.__name__ not in STANDARD_WRAPPERS or not kind.__module__.startswith("gymnasium."):
             return None
         layer = layer.env
     return TASKS.get(f"{type(layer).__module__}.{type(layer).__qualname__}")
@@ -98,47 +102,59 @@ class MujocoV5VecEnv(VectorEnv):
 
         self._dtype = dtype
         self._model = self._env.model
-        self._render_data = self._env.data
-        self._data = [mujoco.MjData(self._model) for _ in range(num_envs)]
         self._rngs: list[np.random.Generator | None] = [None] * num_envs
-        self._seeds: list[int | None] = [None] * num_envs
         self._elapsed = np.zeros(num_envs, dtype=np.int64)
-        self._ctrl = np.zeros((num_envs, self._model.nu))
+        self._state = np.zeros((num_envs, mujoco.mj_stateSize(self._model, STATE)))
+        self._ctrl = self._columns(mujoco.mjtState.mjSTATE_CTRL)
+        self._views = {
+            "qpos": self._columns(mujoco.mjtState.mjSTATE_QPOS),
+            "qvel": self._columns(mujoco.mjtState.mjSTATE_QVEL),
+            "ctrl": self._ctrl,
+        }
+        derived = self._task.derived(self._env.data)
+        self._views |= {name: np.zeros((num_envs, view.size)) for name, view in derived.items()}
         self._before = np.zeros((num_envs, self._task.carry_dim))
-        self._views, self._copies = self._link()
-        self._team = ThreadTeam(threads or default_threads(num_envs))
-        self._work = self._make_work()
+        self._read_template = self._reader(self._env.data)
+        count = min(threads or default_threads(num_envs), num_envs)
+        self._team = ThreadTeam([self._make_work() for _ in range(count)])
         self._started = False
 
     @property
     def threads(self) -> int:
         """Threads that step, the calling one included."""
-        return self._team.threads
+        return len(self._team)
 
-    def _link(self) -> tuple[Views, list[list[tuple[np.ndarray, np.ndarray]]]]:
-        """Batch buffers, and per environment the (row, view into MjData) pairs to copy after a step."""
-        sources = [self._task.sources(data) for data in self._data]
-        views = {name: np.zeros((self.num_envs, view.size)) for name, view in sources[0].items()}
-        copies = [
-            [(views[name][i], view) for name, view in source.items()] for i, source in enumerate(sources)
-        ]
-        return views, copies
+    def _columns(self, part: mujoco.mjtState) -> np.ndarray:
+        """Columns of `part` in the state rows: parts follow each other in the order of their bits."""
+        start = mujoco.mj_stateSize(self._model, STATE & (int(part) - 1))
+        return self._state[:, start : start + mujoco.mj_stateSize(self._model, int(part))]
 
-    def _make_work(self) -> Any:
-        """The hot loop. Everything it touches is bound to locals once."""
-        step, model, frame_skip = mujoco.mj_step, self._model, int(self._env.frame_skip)
-        forces = mujoco.mj_rnePostConstraint if self._task.contact_forces else None
-        per_env = [(data, data.ctrl, self._ctrl[i], self._copies[i]) for i, data in enumerate(self._data)]
+    def _reader(self, data: mujoco.MjData) -> Callable[[int], None]:
+        """A function that copies `data` into row i of all buffers. Everything it touches is bound once."""
+        get, model, rows = mujoco.mj_getState, self._model, list(self._state)
+        fields = [(list(self._views[name]), view) for name, view in self._task.derived(data).items()]
+
+        def read(i: int) -> None:
+            get(model, data, rows[i], STATE)
+            for buffer, view in fields:
+                buffer[i][:] = view
+
+        return read
+
+    def _make_work(self) -> Callable[[Iterator[int]], None]:
+        """The hot loop of one thread, with an MjData of its own."""
+        put, step, model, rows = mujoco.mj_setState, mujoco.mj_step, self._model, list(self._state)
+        frame_skip, contact_forces = int(self._env.frame_skip), self._task.contact_forces
+        data = mujoco.MjData(model)
+        read = self._reader(data)
 
         def work(jobs: Iterator[int]) -> None:
             for i in jobs:
-                data, ctrl, wanted, copies = per_env[i]
-                ctrl[:] = wanted
+                put(model, data, rows[i], STATE)
                 step(model, data, frame_skip)
-                if forces is not None:
-                    forces(model, data)
-                for row, view in copies:
-                    row[:] = view
+                if contact_forces:
+                    mujoco.mj_rnePostConstraint(model, data)
+                read(i)
 
         return work
 
@@ -157,7 +173,7 @@ class MujocoV5VecEnv(VectorEnv):
             raise EnvError("step() before reset(). Fix: call reset() first")
         actions = check_actions(actions, self.num_envs, self._ctrl.shape[1])
         self._ctrl[:] = actions
-        self._team.run(self._work, range(self.num_envs))
+        self._team.run(range(self.num_envs))
         self._elapsed += 1
         task, views = self._task, self._views
         reward, terminated = task.reward(views, self._before, actions)
@@ -182,7 +198,6 @@ class MujocoV5VecEnv(VectorEnv):
                 with the random streams.
             options: `reset_mask` (N,) bool resets only the environments where it is true.
         """
-        super().reset(seed=None)
         seeds = per_env_seeds(seed, self.num_envs)
         mask = np.asarray((options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool)), dtype=bool)
         if mask.shape != (self.num_envs,):
@@ -191,7 +206,7 @@ class MujocoV5VecEnv(VectorEnv):
             raise EnvError("the first reset must reset every environment")
         for i in np.flatnonzero(mask):
             if seeds[i] is not None or self._rngs[i] is None:
-                self._rngs[i], self._seeds[i] = seeding.np_random(seeds[i])
+                self._rngs[i], _ = seeding.np_random(seeds[i])
         state = np.empty((self.num_envs, self._task.obs_dim), dtype=self._dtype)
         self._task.observe(self._views, state)
         self._reset(np.flatnonzero(mask), state)
@@ -200,16 +215,12 @@ class MujocoV5VecEnv(VectorEnv):
 
     def _reset(self, indices: np.ndarray, state: np.ndarray) -> None:
         """Reset with Gymnasium's own `reset_model`; writes the rows of `state` and of all buffers."""
-        env, template = self._env, self._render_data
-        try:
-            for i in indices:
-                env.data, env._np_random = self._data[i], self._rngs[i]
-                mujoco.mj_resetData(self._model, env.data)
-                state[i] = env.reset_model()
-                for row, view in self._copies[i]:
-                    row[:] = view
-        finally:
-            env.data = template
+        env = self._env
+        for i in indices:
+            env._np_random = self._rngs[i]
+            mujoco.mj_resetData(self._model, env.data)
+            state[i] = env.reset_model()
+            self._read_template(i)
         self._elapsed[indices] = 0
         rows = {name: view[indices] for name, view in self._views.items()}
         self._before[indices] = self._task.position(rows)
@@ -218,16 +229,11 @@ class MujocoV5VecEnv(VectorEnv):
         """All a bitwise resume needs: physics with the solver's warm start, counters, random streams."""
         if not self._started:
             raise EnvError("get_state() before reset(). Fix: call reset() first")
-        spec = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-        physics = np.zeros((self.num_envs, mujoco.mj_stateSize(self._model, spec)))
-        for data, row in zip(self._data, physics, strict=True):
-            mujoco.mj_getState(self._model, data, row, spec)
-        streams = np.stack([pack_generator(rng) for rng in self._rngs if rng is not None])
         return {
-            "physics": physics,
+            "physics": self._state.copy(),
             "elapsed": self._elapsed.copy(),
             "before": self._before.copy(),
-            "rng": streams,
+            "rng": np.stack([pack_generator(rng) for rng in self._rngs if rng is not None]),
         }
 
     def set_state(self, state: dict[str, np.ndarray]) -> None:
@@ -236,19 +242,10 @@ class MujocoV5VecEnv(VectorEnv):
         Raises:
             EnvError: it comes from another task or another number of environments.
         """
-        spec = int(mujoco.mjtState.mjSTATE_INTEGRATION)
-        expected = (self.num_envs, mujoco.mj_stateSize(self._model, spec))
-        if state["physics"].shape != expected:
-            raise EnvError(
-                f"saved physics has shape {state['physics'].shape}, this environment needs {expected}"
-            )
-        for i, data in enumerate(self._data):
-            mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
-            mujoco.mj_forward(self._model, data)
-            # mj_forward is for rendering and derived fields; it must not leave its own warm start behind.
-            mujoco.mj_setState(self._model, data, np.ascontiguousarray(state["physics"][i]), spec)
-            for row, view in self._copies[i]:
-                row[:] = view
+        found, expected = state["physics"].shape, self._state.shape
+        if found != expected:
+            raise EnvError(f"saved physics has shape {found}, this environment needs {expected}")
+        self._state[:] = state["physics"]
         self._elapsed[:] = state["elapsed"]
         self._before[:] = state["before"]
         self._rngs = [unpack_generator(row) for row in state["rng"]]
@@ -260,7 +257,8 @@ class MujocoV5VecEnv(VectorEnv):
             return None
         frames = []
         for i in range(self.num_envs) if indices is None else indices:
-            mujoco.mj_copyData(self._render_data, self._model, self._data[i])
+            mujoco.mj_setState(self._model, self._env.data, self._state[i], STATE)
+            mujoco.mj_forward(self._model, self._env.data)
             frames.append(fast_frames(self._env) if self._fast_render else self._env.render())
         return tuple(frames)
 

@@ -32,9 +32,9 @@ class Task:
         self.dt = float(env.dt)
         self.obs_dim = int(env.observation_space.shape[0])
 
-    def sources(self, data: Any) -> Views:
-        """Fields to read after a step, as views into `data` (no copies); rows of `Views` come from these."""
-        return {"qpos": data.qpos, "qvel": data.qvel}
+    def derived(self, data: Any) -> Views:
+        """Fields to read after a step besides qpos, qvel and ctrl, as flat views into `data`."""
+        return {}
 
     def position(self, views: Views) -> np.ndarray:
         """(N, carry_dim): what the reward takes a difference of."""
@@ -140,10 +140,10 @@ class Ant(Locomotion):
     carry_dim = 2
     skip = 2
 
-    def sources(self, data: Any) -> Views:
-        """State, contact forces and the position of the main body."""
+    def derived(self, data: Any) -> Views:
+        """Contact forces and the position of the main body."""
         main = data.body(self.env._main_body).xpos[:2]
-        return super().sources(data) | {"cfrc_ext": data.cfrc_ext.reshape(-1), "main": main}
+        return {"cfrc_ext": data.cfrc_ext.reshape(-1), "main": main}
 
     def position(self, views: Views) -> np.ndarray:
         """Position of the main body; it lags `qpos` by one substep, as in Gymnasium."""
@@ -185,15 +185,15 @@ class HumanoidStandup(Locomotion):
         }
         self._blocks = [name for name, wanted in asked.items() if wanted is True]
 
-    def sources(self, data: Any) -> Views:
-        """State and the blocks the observation is made of."""
+    def derived(self, data: Any) -> Views:
+        """The blocks the observation is made of."""
         fields = {
             "cinert": data.cinert[1:].reshape(-1),
             "cvel": data.cvel[1:].reshape(-1),
             "qfrc_actuator": data.qfrc_actuator[FREE_JOINT_DOFS:],
         }
         wanted = {name: fields[name] for name in self._blocks if name in fields}
-        return super().sources(data) | wanted | {"cfrc_ext": data.cfrc_ext.reshape(-1), "ctrl": data.ctrl}
+        return wanted | {"cfrc_ext": data.cfrc_ext.reshape(-1)}
 
     def observe(self, views: Views, out: np.ndarray) -> None:
         """Positions, velocities, then inertias, velocities, actuator and contact forces where switched on."""
@@ -220,9 +220,9 @@ class Humanoid(HumanoidStandup):
 
     carry_dim = 2
 
-    def sources(self, data: Any) -> Views:
+    def derived(self, data: Any) -> Views:
         """The blocks, and the centres of the bodies."""
-        return super().sources(data) | {"xipos": data.xipos.reshape(-1)}
+        return super().derived(data) | {"xipos": data.xipos.reshape(-1)}
 
     def position(self, views: Views) -> np.ndarray:
         """Centre of mass in the plane."""
@@ -245,10 +245,9 @@ class Humanoid(HumanoidStandup):
 class Reacher(Task):
     """Reacher-v5."""
 
-    def sources(self, data: Any) -> Views:
-        """State and the two bodies."""
-        bodies = {name: data.body(name).xpos for name in ("fingertip", "target")}
-        return super().sources(data) | bodies
+    def derived(self, data: Any) -> Views:
+        """The two bodies."""
+        return {name: data.body(name).xpos for name in ("fingertip", "target")}
 
     def observe(self, views: Views, out: np.ndarray) -> None:
         """Angles as cosines and sines, target, velocities and the vector to the target."""
@@ -272,10 +271,9 @@ class Reacher(Task):
 class Pusher(Task):
     """Pusher-v5."""
 
-    def sources(self, data: Any) -> Views:
-        """State and the three bodies."""
-        bodies = {name: data.body(name).xpos for name in ("tips_arm", "object", "goal")}
-        return super().sources(data) | bodies
+    def derived(self, data: Any) -> Views:
+        """The three bodies."""
+        return {name: data.body(name).xpos for name in ("tips_arm", "object", "goal")}
 
     def observe(self, views: Views, out: np.ndarray) -> None:
         """Joints of the arm and the positions of fingertip, object and goal."""
@@ -311,9 +309,9 @@ class InvertedPendulum(Task):
 class InvertedDoublePendulum(Task):
     """InvertedDoublePendulum-v5."""
 
-    def sources(self, data: Any) -> Views:
-        """State, tip and the force at the cart's limit."""
-        return super().sources(data) | {"tip": data.site_xpos[0], "force": data.qfrc_constraint[:1]}
+    def derived(self, data: Any) -> Views:
+        """The tip and the force at the cart's limit."""
+        return {"tip": data.site_xpos[0], "force": data.qfrc_constraint[:1]}
 
     def observe(self, views: Views, out: np.ndarray) -> None:
         """Cart, angles as sines and cosines, clipped velocities and force."""

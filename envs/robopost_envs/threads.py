@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 Work = Callable[[Iterator[int]], None]
 
@@ -17,43 +17,45 @@ def default_threads(jobs: int) -> int:
 
 
 class ThreadTeam:
-    """`threads - 1` waiting threads plus the caller.
+    """`len(work) - 1` waiting threads plus the caller.
 
-    `run(work, jobs)` calls `work(iterator)` on every thread with ONE iterator over `jobs`: each thread takes
-    the next job when it is free, so uneven jobs balance themselves. Waking a thread costs two lock
-    operations, an order of magnitude less than a future of `concurrent.futures`.
+    `run(jobs)` calls every `work[i](iterator)` on a thread of its own with ONE iterator over `jobs`: each
+    thread takes the next job when it is free, so uneven jobs balance themselves. Waking a thread costs two
+    lock operations, an order of magnitude less than a future of `concurrent.futures`.
 
     Args:
-        threads: threads that work, the calling one included.
+        work: one function per thread, which may hold buffers of its own; the first runs on the caller.
     """
 
-    def __init__(self, threads: int) -> None:
-        self.threads = max(1, threads)
-        self._work: Work | None = None
+    def __init__(self, work: Sequence[Work]) -> None:
+        self._mine, *others = work
         self._jobs: Iterator[int] = iter(())
         self._errors: list[BaseException] = []
-        self._go = [threading.Lock() for _ in range(self.threads - 1)]
-        self._done = [threading.Lock() for _ in range(self.threads - 1)]
+        self._closed = False
+        self._go = [threading.Lock() for _ in others]
+        self._done = [threading.Lock() for _ in others]
         for lock in (*self._go, *self._done):
             lock.acquire()
         self._team = [
-            threading.Thread(target=self._loop, args=(go, done), daemon=True, name=f"robopost-sim-{i}")
-            for i, (go, done) in enumerate(zip(self._go, self._done, strict=True))
+            threading.Thread(target=self._loop, args=parts, daemon=True, name=f"robopost-sim-{i}")
+            for i, parts in enumerate(zip(others, self._go, self._done, strict=True))
         ]
         for thread in self._team:
             thread.start()
 
-    def run(self, work: Work, jobs: Iterable[int]) -> None:
+    def __len__(self) -> int:
+        """Threads that work, the calling one included."""
+        return 1 + len(self._team)
+
+    def run(self, jobs: Iterable[int]) -> None:
         """Do `jobs` and return when all are done; the first exception of any thread is raised here."""
-        jobs = iter(jobs)
-        if not self._team:
-            work(jobs)
-            return
-        self._work, self._jobs = work, jobs
+        if self._closed:
+            raise RuntimeError("the thread team is closed")
+        self._jobs = jobs = iter(jobs)
         for lock in self._go:
             lock.release()
         try:
-            work(jobs)
+            self._mine(jobs)
         finally:
             for lock in self._done:
                 lock.acquire()
@@ -63,21 +65,22 @@ class ThreadTeam:
             raise error
 
     def close(self) -> None:
-        """End the threads; a closed team works on the calling thread alone."""
-        team, self._team = self._team, []
-        self._work = None
+        """End the threads."""
+        if self._closed:
+            return
+        self._closed = True
         for lock in self._go:
             lock.release()
-        for thread in team:
+        for thread in self._team:
             thread.join(timeout=5)
 
-    def _loop(self, go: threading.Lock, done: threading.Lock) -> None:
+    def _loop(self, work: Work, go: threading.Lock, done: threading.Lock) -> None:
         while True:
             go.acquire()
-            if self._work is None:
+            if self._closed:
                 return
             try:
-                self._work(self._jobs)
+                work(self._jobs)
             except BaseException as error:
                 self._errors.append(error)
             done.release()

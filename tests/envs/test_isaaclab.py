@@ -301,3 +301,5 @@ def test_make_launches_the_simulator_first_and_configures_the_task(monkeypatch):
     assert env.unwrapped._base.cfg.compute_final_obs is True
     with pytest.raises(ConfigError, match=r"env\.id is empty"):
         isaaclab.make(IsaacLabConfig(), 2)
+    with pytest.raises(ConfigError, match=r"action_limit=-1"):
+        IsaacLabConfig(action_limit=-1.0)

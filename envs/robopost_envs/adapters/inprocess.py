@@ -87,7 +87,6 @@ class InProcessVecEnv(VectorEnv):
             options: passed to every environment. The value of `per_env_option` may be a list or a 2-D array
                 with one entry per environment.
         """
-        super().reset(seed=None)
         seeds = per_env_seeds(seed, self.num_envs)
         each = self._split_options(options)
         rows = []

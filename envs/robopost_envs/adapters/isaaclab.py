@@ -59,8 +59,9 @@ class IsaacLabConfig(EnvConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.action_limit < 0:
-            raise
-            ConfigError(f"env.action_limit={self.action_limit} must be 0 (as the task says) or positive")
+            raise ConfigError(
+                f"env.action_limit={self.action_limit} must be 0 (as the task says) or positive"
+            )
 
 
 @dataclass
