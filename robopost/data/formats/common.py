@@ -16,13 +16,13 @@ from robopost.data.episode import Arrays, KeySpec
 from robopost.errors import DataError, require, unknown
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
-Names = str | Sequence[str]
+Names = str | int | Sequence[str | int]  # the command line parses values as JSON, so that 3 comes as a number
 
 
 def as_names(value: Names) -> list[str]:
     """`"a,b"` or `["a", "b"]` as a list; empty means no choice was made."""
-    parts = value.split(",") if isinstance(value, str) else list(value)
-    return [part.strip() for part in parts if part.strip()]
+    parts = [str(value)] if isinstance(value, str | int) else [str(item) for item in value]
+    return [name.strip() for part in parts for name in part.split(",") if name.strip()]
 
 
 def choose(kind: str, wanted: Names, available: Iterable[str]) -> list[str]:

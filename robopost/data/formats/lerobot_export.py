@@ -7,6 +7,8 @@ that `send_header` and `send_episode` write: JSON lines, each followed by the by
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import sys
 from collections.abc import Iterable, Iterator
@@ -58,10 +60,7 @@ def export(header: dict[str, Any], episodes: Iterable[tuple[str, Arrays]], root:
         episodes: task and per-step arrays of each episode.
         root: must not exist.
     """
-    import inspect
-
-    from lerobot.datasets.lerobot_dataset import LeRobotDataset
-
+    dataset_class = importlib.import_module("lerobot.datasets.lerobot_dataset").LeRobotDataset
     sources = {name: feature["source"] for name, feature in header["features"].items()}
     features = {
         name: {"dtype": item["dtype"], "shape": tuple(item["shape"]), "names": item["names"]}
@@ -69,9 +68,9 @@ def export(header: dict[str, Any], episodes: Iterable[tuple[str, Arrays]], root:
     }
     pictures = any(item["dtype"] in ("video", "image") for item in features.values())
     options = (
-        {"vcodec": header["codec"]} if "vcodec" in inspect.signature(LeRobotDataset.create).parameters else {}
+        {"vcodec": header["codec"]} if "vcodec" in inspect.signature(dataset_class.create).parameters else {}
     )
-    dataset = LeRobotDataset.create(
+    dataset = dataset_class.create(
         repo_id=header["repo_id"],
         fps=header["fps"],
         features=features,
@@ -97,6 +96,8 @@ def export(header: dict[str, Any], episodes: Iterable[tuple[str, Arrays]], root:
 
 def main() -> None:
     """Entry point of the script: the only argument is the folder to create."""
+    here = Path(__file__).resolve().parent  # holds a lerobot.py of ours, which would hide the package
+    sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != here]
     pipe = sys.stdin.buffer
     header = json.loads(pipe.readline())
     export(header, receive(pipe, header["episodes"]), Path(sys.argv[1]))

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 
@@ -163,9 +163,9 @@ def _elsewhere(python: str, header: dict[str, Any], store: EpisodeStore, partial
             raise MissingExtraError(
                 f"python={python!r} does not start ({error.strerror}). Fix: name an interpreter"
             ) from error
-        assert process.stdin is not None
+        pipe = cast("BinaryIO", process.stdin)
         try:
-            with contextlib.suppress(BrokenPipeError), process.stdin as pipe:
+            with contextlib.suppress(BrokenPipeError), pipe:
                 lerobot_export.send_header(pipe, header)
                 for episode in store:
                     lerobot_export.send_episode(pipe, *_fields(episode, header))
