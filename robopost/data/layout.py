@@ -45,6 +45,17 @@ def shard_rows(shape: tuple[int, ...], dtype: str) -> int:
     return chunk * max(SHARD_BYTES // max(chunk * _row_bytes(shape, dtype), 1), 1)
 
 
+def shard_files(array: zarr.Array, folder: Path, start: int, stop: int) -> list[Path]:
+    """The files that hold rows [start, stop) of an array of `create_array` in `folder`."""
+    unit = (array.shards or array.chunks)[0]
+    rest = ["0"] * (len(array.shape) - 1)
+    return (
+        [folder.joinpath("c", str(i), *rest) for i in range(start // unit, -(-stop // unit))]
+        if stop > start
+        else []
+    )
+
+
 def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: str) -> None:
     """An empty, growable, sharded array whose chunks carry checksums."""
     group.create_array(
@@ -54,8 +65,6 @@ def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: st
         chunks=(_chunk_rows(shape, dtype), *shape),
         shards=(shard_rows(shape, dtype), *shape),
         compressors=(BloscCodec(cname="zstd", clevel=3, shuffle="shuffle"), Crc32cCodec()),
-        # zarr leaves out chunks that hold only the fill value: then a lost file would read as zeros.
-        config={"write_empty_chunks": True},
     )
 
 

@@ -45,6 +45,7 @@ from robopost.data.layout import (
     episode_json,
     meta_arrays,
     read_json,
+    shard_files,
     shard_rows,
     spec_from_json,
     spec_to_json,
@@ -218,6 +219,12 @@ class EpisodeStore:
                 f"{self.path}: {name} has {array.shape[0]} rows, the commit record says at least {stop}. "
                 f"Fix: robopost data verify {self.path}"
             )
+        for shard in shard_files(array, self.path / name, start, stop):
+            if not shard.exists():  # zarr would read it as zeros
+                raise DataError(
+                    f"{self.path}: {name} rows {start}..{stop} can't be read ({shard} is missing). "
+                    f"Fix: robopost data verify {self.path}"
+                )
         try:
             value = np.asarray(array[start:stop])
         except Exception as error:  # every codec raises its own kind
@@ -398,6 +405,8 @@ class EpisodeStore:
         self._json_bytes, self.dataset_id, self._running = commit["json_bytes"], identity, running
 
     def _put(self, name: str, start: int, block: np.ndarray) -> None:
-        array = self.array(name)
-        array.resize((start + len(block), *array.shape[1:]))
-        array[start : start + len(block)] = block
+        # Unless told otherwise each time, zarr writes no file for zeros: a lost file would look the same.
+        with zarr.config.set({"array.write_empty_chunks": True}):
+            array = self.array(name)
+            array.resize((start + len(block), *array.shape[1:]))
+            array[start : start + len(block)] = block
