@@ -145,7 +145,6 @@ class Bench:
         self._asked: set[str] = set()
         self._new_figures: set[str] = set()
         self._new_tables: set[str] = set()
-        self._wall = 0.0
         self._revision = machine.revision()
         if self.path.exists():
             self._load()
@@ -218,7 +217,6 @@ class Bench:
             result = Missing()
             logger.warning("%s: %s failed: %s", self.name, key, error)
         row["seconds"] = round(time.perf_counter() - start, 3)
-        self._wall += row["seconds"]
         # A failure must not wipe out an older measurement of the very same cell.
         if row["status"] == "failed" and fits and stored is not None:
             stored["last_error"] = row["error"]
@@ -304,7 +302,7 @@ class Bench:
             "versions": machine.versions(self._packages),
             "hardware": machine.hardware(),
             "load": machine.load(),
-            "wall_s": round(self._wall, 3),
+            "wall_s": round(sum(row["seconds"] for row in self.rows), 3),
             "figures": self.figures,
             "tables": self.tables,
             "rows": self.rows,
@@ -314,7 +312,6 @@ class Bench:
     def _load(self) -> None:
         data = read_result(self.path)
         self.rows, self.figures, self.tables = data["rows"], data["figures"], data.get("tables", [])
-        self._wall = data.get("wall_s", 0.0)
 
     def _find(self, key: str) -> dict[str, Any] | None:
         return next((row for row in self.rows if row["cell"] == key and row["tier"] == self.tier), None)

@@ -181,16 +181,26 @@ def t_quantile(probability: float, dof: int) -> float:
 
 
 def running(values: Sequence[float], window: int) -> np.ndarray:
-    """Centred running mean of (n,) values that shrinks at the ends, so that no point is invented."""
+    """Running mean of (n,) values over `window` points; at the ends a local straight line instead.
+
+    A one-sided mean would lag behind a rising curve there, a shrinking window would show the raw noise.
+    """
     data = _flat(values)
     if window <= 1 or len(data) < 3:
         return data
-    half = window // 2
-    total = np.concatenate([[0.0], np.cumsum(data)])
-    index = np.arange(len(data))
-    # The window stays symmetric near the ends; a one-sided one would shift the curve.
-    reach = np.minimum(half, np.minimum(index, len(data) - 1 - index))
-    return (total[index + reach + 1] - total[index - reach]) / (2 * reach + 1)
+    index = np.arange(len(data), dtype=np.float64)
+    first = np.maximum(0, np.arange(len(data)) - window // 2)
+    last = np.minimum(len(data), np.arange(len(data)) + window // 2 + 1)
+
+    def total(samples: np.ndarray) -> np.ndarray:
+        sums = np.concatenate([[0.0], np.cumsum(samples)])
+        return sums[last] - sums[first]
+
+    count, at, square = total(np.ones_like(data)), total(index), total(index * index)
+    level, cross = total(data), total(index * data)
+    spread = square - at * at / count
+    slope = np.divide(cross - at * level / count, spread, out=np.zeros_like(data), where=spread > 1e-9)
+    return level / count + slope * (index - at / count)
 
 
 def _t_cdf(t: float, dof: int) -> float:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Inline SVG: learning curves with seeds, interval bars. Colours come from the page's CSS, so they follow its theme."""
+"""Inline SVG: learning curves with seeds, interval bars. Colours come from the page's CSS and its theme."""
 
 from __future__ import annotations
 
@@ -66,6 +66,8 @@ def seed_curve(
         return Curve(label, colour, x, y, mark=len(x) <= 30)
     # The mean covers only steps that every seed has reached: a seed that died must not bend it.
     first, last = max(x[0] for x, _ in seeds), min(x[-1] for x, _ in seeds)
+    if max(len(x) for x, _ in seeds) > 60:
+        seeds = [(x, running(y, max(3, len(x) // 25))) for x, y in seeds]
     grid = np.unique(np.concatenate([x for x, _ in seeds]))
     grid = grid[(grid >= first) & (grid <= last)]
     if len(grid) == 0:
@@ -81,6 +83,7 @@ def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_
     """A chart of curves over steps as one `<figure>`; `percent` fixes the axis to 0-100 %."""
     xs = np.concatenate([part for c in curves for part in (c.x, *(x for x, _ in c.thin))])
     left, right = float(xs.min()), float(xs.max())
+    left = 0.0 if 0 < left < 0.25 * right else left
     right = right if right > left else left + 1
     low, high = (0.0, 1.0) if percent else _range(curves)
     sx = lambda v: _LEFT + (np.asarray(v) - left) / (right - left) * (_W - _LEFT - _RIGHT)  # noqa: E731
@@ -91,6 +94,9 @@ def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_
         text = f"{tick * 100:.0f} %" if percent else short(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
+    parts.append(
+        f'<text class="tick" x="{_LEFT - 8}" y="{_H - 14}" text-anchor="end">{escape(x_label)}</text>'
+    )
     for tick in ticks(left, right, 6):
         x = float(sx(tick))
         anchor = "end" if x > _W - _RIGHT - 12 else "middle"
@@ -113,33 +119,23 @@ def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_
 def interval_bars(rows: Sequence[tuple[str, Interval, str]], *, percent: bool) -> str:
     """Horizontal interval bars on a shared axis; each row is (label, interval, CSS class)."""
     low, high = (0.0, 1.0) if percent else _padded([v for _, i, _ in rows for v in (i.low, i.high)])
-    width, line, left, right = 640, 46, 8, 8
-    height = line * len(rows) + 26
-    sx = lambda v: left + (v - low) / (high - low) * (width - left - right)  # noqa: E731
-    parts = [
-        f'<svg class="bars" viewBox="0 0 {width} {height}" role="img" aria-label="confidence intervals">'
-    ]
-    for tick in ticks(low, high, 6):
-        x = sx(tick)
-        text = f"{tick * 100:.0f} %" if percent else short(tick)
-        anchor = "start" if x < left + 10 else "end" if x > width - right - 10 else "middle"
-        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="0" y2="{height - 22}"/>')
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{height - 6}" text-anchor="{anchor}">{text}</text>')
-    for i, (label, interval, kind) in enumerate(rows):
-        y = i * line + 30
-        a, b, v = sx(interval.low), sx(interval.high), sx(interval.value)
+    at = lambda v: f"{100 * (v - low) / (high - low):.2f}%"  # noqa: E731
+    marks = ticks(low, high, 6)
+    parts = [f'<span class="gridline" style="left:{at(tick)}"></span>' for tick in marks]
+    for label, interval, kind in rows:
+        width = f"{100 * (interval.high - interval.low) / (high - low):.2f}%"
+        tip = escape(f"{label}: {interval.text(percent=percent)}", quote=True)
+        # The name hangs on the side of the dot that has room.
+        side = "end" if interval.value > (low + high) / 2 else "start"
         parts.append(
-            f'<g class="{escape(kind)}"><title>{escape(label)}: {interval.text(percent=percent)}</title>'
+            f'<div class="bar {escape(kind)}" title="{tip}">'
+            f'<span class="name {side}" style="--at:{at(interval.value)}">{escape(label)}</span>'
+            f'<span class="span" style="left:{at(interval.low)};width:{width}"></span>'
+            f'<span class="dot" style="left:{at(interval.value)}"></span></div>'
         )
-        parts.append(
-            f'<rect class="span" x="{a:.1f}" y="{y - 7}" width="{max(2.0, b - a):.1f}" height="14" rx="7"/>'
-        )
-        parts.append(f'<circle class="dot" cx="{v:.1f}" cy="{y}" r="6.5"/>')
-        anchor = "end" if v > width * 0.75 else "start" if v < width * 0.25 else "middle"
-        parts.append(
-            f'<text class="name" x="{v:.1f}" y="{y - 13}" text-anchor="{anchor}">{escape(label)}</text></g>'
-        )
-    return "".join(parts) + "</svg>"
+    text = [f"{tick * 100:.0f} %" if percent else short(tick) for tick in marks]
+    axis = "".join(f'<span style="left:{at(m)}">{t}</span>' for m, t in zip(marks, text, strict=True))
+    return f'<div class="bars">{"".join(parts)}<div class="axis-labels">{axis}</div></div>'
 
 
 def mini_bar(interval: Interval, low: float, high: float, colour: int) -> str:
@@ -153,6 +149,16 @@ def mini_bar(interval: Interval, low: float, high: float, colour: int) -> str:
         f'<rect class="span" x="{a:.1f}" y="5" width="{max(1.0, b - a):.1f}" height="6" rx="3"/>'
         f'<circle class="dot" cx="{v:.1f}" cy="8" r="4"/></svg>'
     )
+
+
+def shown(interval: Interval, *, percent: bool = False) -> tuple[str, str, str]:
+    """Value and ends with the same number of decimals: three figures, or one decimal of a percentage."""
+    scale = 100.0 if percent else 1.0
+    values = [v * scale for v in (interval.value, interval.low, interval.high)]
+    largest = max(abs(v) for v in values)
+    decimals = 1 if percent else max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
+    value, low, high = (f"{v:,.{decimals}f}" if decimals < 7 else f"{v:.2e}" for v in values)
+    return value, low, high
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -212,7 +218,7 @@ def _points(x: np.ndarray, y: np.ndarray, sx: object, sy: object) -> str:
 
 
 def _thin_out(x: np.ndarray, y: np.ndarray) -> Series:
-    """At most about POINTS points, keeping the minimum and maximum of each bin so that spikes stay visible."""
+    """At most about POINTS points, with the minimum and maximum of each bin: spikes stay visible."""
     if len(x) <= POINTS:
         return x, y
     keep = {0, len(x) - 1}

@@ -15,7 +15,7 @@ from robopost import __version__
 from robopost.errors import RobopostError
 from robopost.evaluate.rollout import EvalResult
 from robopost.evaluate.statistics import Interval, paired_difference
-from robopost.report.charts import interval_bars
+from robopost.report.charts import interval_bars, shown
 from robopost.report.runs import RunData, load_runs
 from robopost.report.sections import (
     Budget,
@@ -34,6 +34,10 @@ MAX_VIDEO = 8 * 2**20  # bytes of one embedded mp4
 MAX_PAGE = 32 * 2**20  # bytes of all of them
 # Nothing may be loaded or run: the page is data, whatever a config or a file name holds.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; media-src data:"
+CURVE_NOTE = (
+    "Thick: mean over seeds, or a running mean of one. Thin: single seeds, or every log line of one. "
+    "Shaded: 95 % interval over seeds, or over the episodes of an evaluation."
+)
 
 
 @dataclass(frozen=True)
@@ -107,12 +111,11 @@ def render(
         if main:
             body.append("<h2>Learning curves</h2>" if len(tree) == 1 else "")
             body.append(main)
-            body.append('<p class="dim">Thick: mean over seeds, or a running mean. Thin: single seeds, or every log '
-                        "line. Shaded: 95 % interval over seeds, or over the episodes of one evaluation.</p>")  # fmt: skip
+            body.append(f'<p class="dim">{CURVE_NOTE}</p>')
         if rest:
             fold = "" if main else " open"
             body.append(f"<details{fold}><summary>All training curves</summary>{rest}</details>")
-        film = videos([run for members in groups.values() for run in members], budget)
+        film = videos(groups, budget)
         body.append(f"<h2>Videos</h2>{film}" if film else "")
     everything: Groups = {
         (label if len(tree) == 1 else f"{env} · {label}"): members
@@ -157,7 +160,7 @@ def _problems(runs: Sequence[RunData]) -> str:
     lines = [f"<li><code>{escape(run.name)}</code>: {escape(p)}</li>" for run in runs for p in run.problems]
     if not lines:
         return ""
-    return f'<section class="card problems" style="margin-top:24px"><h2>Read with care</h2><ul>{"".join(lines)}</ul></section>'
+    return f'<section class="card problems"><h2>Read with care</h2><ul>{"".join(lines)}</ul></section>'
 
 
 def _comparison(item: Comparison, budget: Budget) -> str:
@@ -167,7 +170,8 @@ def _comparison(item: Comparison, budget: Budget) -> str:
         before, after = item.before.mean_return(), item.after.mean_return()
     what = "success rate" if percent else "mean return"
     apart = not before.overlaps(after)
-    badge = f'<span class="badge {"good" if apart else "bad"}">intervals {"do not overlap" if apart else "overlap"}</span>'
+    verdict = ("good", "intervals do not overlap") if apart else ("bad", "intervals overlap")
+    badge = f'<span class="badge {verdict[0]}">{verdict[1]}</span>'
     first, second = item.labels
     top = (
         _big(first, before, "before", percent)
@@ -186,29 +190,30 @@ def _comparison(item: Comparison, budget: Budget) -> str:
         f"{item.before.episodes:,} and {item.after.episodes:,} episodes")  # fmt: skip
     how = f"{what.capitalize()} over {episodes}" + (", from the same starts" if paired else "")
     how += ", deterministic actions" if item.after.deterministic else ", sampled actions"
-    how += ". Wilson intervals, 95 %." if percent else ". Bootstrap intervals, 95 %."
+    how += ". Wilson intervals, 95 %" if percent else ". Bootstrap intervals, 95 %"
+    how += "; the gain's is bootstrapped over pairs of episodes." if paired else "."
     return (
-        f'<h2>{escape(item.title)}</h2><section class="card hero"><div class="top">{top}</div>{bars}{film}</section>'
+        f'<h2>{escape(item.title)}</h2><section class="card hero">'
+        f'<div class="top">{top}</div>{bars}{film}</section>'
         f'<p class="dim">{how}</p>'
     )
 
 
 def _big(label: str, interval: Interval, kind: str, percent: bool) -> str:
-    value = f"{interval.value:.0%}" if percent else number(float(f"{interval.value:.4g}"))
-    value = value.replace("%", " %")
-    ends = " – ".join(f"{v:.0%}".replace("%", " %") if percent else number(float(f"{v:.4g}"))
-                      for v in (interval.low, interval.high))  # fmt: skip
+    value, low, high = shown(interval, percent=percent)
+    unit = " %" if percent else ""
+    if percent:
+        value = f"{interval.value * 100:.0f}"
     return (
-        f'<div class="big {kind}"><span class="label">{escape(label)}</span><span class="value">{value}</span>'
-        f'<span class="ends">{ends}</span></div>'
+        f'<div class="big {kind}"><span class="label">{escape(label)}</span>'
+        f'<span class="value">{value}{unit}</span><span class="ends">{low} – {high}{unit}</span></div>'
     )
 
 
 def _gain(item: Comparison, percent: bool, badge: str) -> str:
     paired = _paired(item)
-    if percent:
-        a, b = item.after.successes, item.before.successes
-        assert a is not None and b is not None
+    a, b = item.after.successes, item.before.successes
+    if percent and a is not None and b is not None:
         difference = (a.mean() - b.mean()) * 100
         interval = paired_difference(a, b) if paired else None
         text = f"{difference:+.0f} points"
@@ -237,4 +242,4 @@ def _revision(run: RunData) -> str:
 def _footer(runs: Sequence[RunData]) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime())
     count = f"{len(runs)} run{'s' if len(runs) != 1 else ''}"
-    return f"<footer>robopost {__version__} · {when} · {count} · this page loads nothing and runs nothing</footer>"
+    return f"<footer>robopost {__version__} · {when} · {count} · this page loads and runs nothing</footer>"

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sections of a report: evaluation table, curves, videos, config, provenance. All text is escaped here."""
+"""The sections of a report: evaluation table, curves, videos, config, provenance. All text is escaped."""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import numpy as np
 
 from robopost.evaluate.statistics import Interval, t_interval
-from robopost.report.charts import COLOURS, Curve, Series, line_chart, mini_bar, seed_curve
+from robopost.report.charts import COLOURS, Curve, Series, line_chart, mini_bar, seed_curve, shown
 from robopost.report.runs import Evaluation, RunData, flatten
 from robopost.results import number
 from robopost.track.jsonl import series
@@ -85,7 +86,7 @@ def evaluation_table(groups: Groups) -> str:
         for run in runs:
             name = f"seed {run.seed}" if several else label
             rows.append(_run_row(run, last[id(run)], name, colour, several, judged, (low, high)))
-    note = "Success: Wilson interval. Return: bootstrap interval. Means over seeds: Student-t interval. All 95 %."
+    note = "Success: Wilson interval. Return: bootstrap interval. Means over seeds: Student's t. All 95 %."
     head_html = "".join(
         f'<th class="{"num" if h in ("step", "length", "episodes") else ""}">{h}</th>' for h in head
     )
@@ -113,10 +114,10 @@ def curves(groups: Groups) -> tuple[str, str]:
     return first, ("" if main else legend) + f'<div class="charts small">{"".join(charts.values())}</div>'
 
 
-def videos(runs: Sequence[RunData], budget: Budget) -> str:
-    """First and last video of each run, embedded while the budget lasts."""
+def videos(groups: Groups, budget: Budget) -> str:
+    """First and last video of each group's first run, embedded while the budget lasts."""
     cells, left_out = [], []
-    for run in runs:
+    for run in (runs[0] for runs in groups.values()):
         picked = run.videos if len(run.videos) <= 2 else [run.videos[0], run.videos[-1]]
         for step, path in picked:
             where = f"step {step:,}" if step is not None else path.parent.name
@@ -124,9 +125,8 @@ def videos(runs: Sequence[RunData], budget: Budget) -> str:
             if data is None:
                 left_out.append(f"{run.name}/{path.name}")
                 continue
-            cells.append(
-                f"<figure>{video_tag(data)}<figcaption>{escape(run.name)} · {escape(where)}</figcaption></figure>"
-            )
+            caption = f"<figcaption>{escape(run.name)} · {escape(where)}</figcaption>"
+            cells.append(f"<figure>{video_tag(data)}{caption}</figure>")
     note = f'<p class="dim">Too large to embed: {escape(", ".join(left_out))}.</p>' if left_out else ""
     return (f'<div class="videos">{"".join(cells)}</div>' if cells else "") + note
 
@@ -156,7 +156,9 @@ def _comparison(columns: dict[str, dict[str, str]], title: str) -> str:
     keys = sorted({key for column in columns.values() for key in column})
     if not keys:
         return f'<p class="dim">{title} is missing.</p>'
-    differs = [k for k in keys if len({column.get(k, "–") for column in columns.values()}) > 1]
+    differs = [
+        k for k in keys if len({column.get(k, "–") for column in columns.values()}) > 1 and k not in SAME
+    ]
     head = (
         "" if len(columns) == 1 else "<th></th>" + "".join(f"<th>{escape(label)}</th>" for label in columns)
     )
@@ -218,7 +220,7 @@ def _best(run: RunData, judged: bool) -> str:
     if len(scored) < 2:
         return ""
     value, step = max(scored, key=lambda pair: pair[0])
-    return f"{value:.1%} ({step:,})" if judged else f"{number(float(value))} ({step:,})"
+    return f"{value * 100:.1f} % ({step:,})" if judged else f"{number(float(value))} ({step:,})"
 
 
 def _chart(key: str, groups: Groups) -> str:
@@ -260,10 +262,14 @@ def _named(label: str, colour: int) -> str:
 def _interval(
     interval: Interval, low: float, high: float, colour: int, *, percent: bool = False
 ) -> list[str]:
-    value = f"{interval.value * 100:.1f} %" if percent else number(float(f"{interval.value:.4g}"))
-    scale = 100 if percent else 1
-    ends = f"{number(float(f'{interval.low * scale:.4g}'))} – {number(float(f'{interval.high * scale:.4g}'))}"
-    return [f'{value} <span class="ends">{ends}</span>', mini_bar(interval, low, high, colour)]
+    if percent:  # Student's t knows nothing of the ends of a rate
+        interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+    value, lower, upper = shown(interval, percent=percent)
+    unit = " %" if percent else ""
+    return [
+        f'{value}{unit} <span class="ends">{lower} – {upper}</span>',
+        mini_bar(interval, low, high, colour),
+    ]
 
 
 def _num(text: str) -> str:
@@ -271,5 +277,12 @@ def _num(text: str) -> str:
 
 
 def _row(cells: list[str], kind: str) -> str:
-    inner = "".join(f'<td class="num">{c[1:]}</td>' if c.startswith("\0") else f"<td>{c}</td>" for c in cells)
+    inner = "".join(_td(cell) for cell in cells)
     return f'<tr class="{kind}">{inner}</tr>' if kind else f"<tr>{inner}</tr>"
+
+
+def _td(cell: str) -> str:
+    css = (
+        "num" if cell[:1] == "\0" else "minibar" if cell[:4] == "<svg" else "value" if "ends" in cell else ""
+    )
+    return f'<td class="{css}">{cell.lstrip(chr(0))}</td>' if css else f"<td>{cell}</td>"
