@@ -85,7 +85,7 @@ def compose_tree(
     """Like `compose`, before conversion: a typed OmegaConf tree in which values may still be missing."""
     root = ROOTS[config_name]
     dirs = search_dirs(config_dirs)
-    _register(config_name, root, dirs)
+    primary = _register(config_name, root, dirs)
     words = [word for item in parse(overrides) for word in _expand(item, root, dirs)]
     choices: dict[str, Override] = {}
     values: list[Override] = []
@@ -94,7 +94,7 @@ def compose_tree(
             choices[word.key] = _checked_choice(word, dirs)
         else:
             values.append(word)
-    tree = _load(config_name, choices, dirs)
+    tree = _load(primary, choices, dirs)
     OmegaConf.set_struct(tree, True)
     for group, word in choices.items():
         if word.value is None:
@@ -200,24 +200,29 @@ def _structured(cls: type, data: dict[str, Any], where: str) -> Any:
     tree = OmegaConf.structured(cls)
     for key, value in data.items():
         set_value(tree, Override(str(key), value, f"{where}.{key}"))
+    if "${" in str(data):  # a stored config is resolved; one from elsewhere shall not read the environment
+        raise ConfigError(f"{where} holds an interpolation '${{...}}', a stored config holds plain values only")
     return OmegaConf.to_object(tree)
 
 
-def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> None:
-    """Put the schema of the root and of every registered name into Hydra's store, once per call: cheap, idempotent."""
+def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> str:
+    """Put the schemas of the root and of every registered name into Hydra's store.
+
+    Returns:
+        The name under which Hydra finds the root config.
+    """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=root.schema)
     # Hydra looks for the root in its primary folder or in the store, not in further folders of the search path.
     if not (dirs[0] / f"{config_name}.yaml").exists():
         path = find_file(".", config_name, dirs)
         defaults: list[Any] = [f"{config_name}_schema", "_self_", *({group: None} for group in root.groups)]
-        store.store(
-            name=config_name, node=yaml.safe_load(path.read_text()) if path else {"defaults": defaults}
-        )
+        body = yaml.safe_load(path.read_text()) if path else {"defaults": defaults}
+        config_name = f"_{config_name}"  # not the file's name: Hydra would take the stored one for its schema
+        store.store(name=config_name, node=body)
     for group in root.groups:
         if group not in REGISTRIES:
             continue
-        files = set(file_options(group, dirs))
         for entry in REGISTRIES[group]:
             if entry.config is None:
                 continue
@@ -225,8 +230,7 @@ def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> None:
             if not node.name:
                 node.name = entry.name
             store.store(group=group, name=f"{entry.name}_schema", node=node)
-            if entry.name not in files:
-                store.store(group=group, name=entry.name, node=node)
+    return config_name
 
 
 def _expand(item: Override, root: Root, dirs: Sequence[Path]) -> list[Override]:
@@ -262,7 +266,12 @@ def _checked_choice(word: Override, dirs: Sequence[Path]) -> Override:
 
 def _load(config_name: str, choices: dict[str, Override], dirs: Sequence[Path]) -> DictConfig:
     """Let Hydra compose the chosen files. `dirs[0]` is its primary folder, the others its search path."""
-    words = [f"{group}={word.value}" for group, word in choices.items() if word.value is not None]
+    words = []
+    for group, word in choices.items():
+        if word.value is not None:
+            # A registered name without a file of its own: its schema is its config.
+            bare = group in REGISTRIES and find_file(group, word.value, dirs) is None
+            words.append(f"{group}={word.value}_schema" if bare else f"{group}={word.value}")
     recipe = choices.get("recipe")
     if recipe is not None and _prune_recipe(recipe.value, choices, dirs):
         words = [f"recipe={PRUNED}" if word.startswith("recipe=") else word for word in words]
