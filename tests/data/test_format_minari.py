@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Minari and D4RL files, written by hand with h5py, so that the layout is pinned and not only self-consistent."""
 
-import io
 import json
 
 import h5py
@@ -48,7 +47,10 @@ def goal_dataset(root):
             group["truncations"] = np.arange(steps) == (steps - 1 if index == 1 else -1)
             group["infos/success"] = np.arange(steps + 1) == (steps if index == 0 else -1)
             group["infos/qpos"] = np.arange(steps + 1, dtype=np.float64)
-    space = {"type": "Dict", "subspaces": {"observation": box((2,), "float64"), "desired_goal": box((1,), "float64")}}
+    space = {
+        "type": "Dict",
+        "subspaces": {"observation": box((2,), "float64"), "desired_goal": box((1,), "float64")},
+    }
     meta = {
         "dataset_id": "toy/goal-v0",
         "observation_space": json.dumps(space),
@@ -141,7 +143,10 @@ BOTH = {"state": ((3,), "float32"), "image": ((10, 12, 3), "uint8")}
 
 
 def test_export_and_import_keep_everything(tmp_path):
-    episodes = [episode(4, 0, terminated=True, success=True, instruction="push"), episode(3, 1, success=False)]
+    episodes = [
+        episode(4, 0, terminated=True, success=True, instruction="push"),
+        episode(3, 1, success=False),
+    ]
     with make_store(tmp_path / "store", episodes, BOTH) as store:
         export_store(store, tmp_path / "out", "minari", {"dataset_id": "toy/x-v3", "author": "me"})
     meta = json.loads((tmp_path / "out" / "data" / "metadata.json").read_text())
@@ -207,7 +212,11 @@ def test_d4rl_cuts_at_terminals_and_timeouts(tmp_path):
     assert (source.count, source.spec.action_low) == (3, (-1.0,))
     ended, cut, rest = source.episodes
     assert [len(e) for e in (ended, cut, rest)] == [2, 2, 2]
-    assert [(e.terminated, e.truncated) for e in (ended, cut, rest)] == [(True, False), (False, True), (False, True)]
+    assert [(e.terminated, e.truncated) for e in (ended, cut, rest)] == [
+        (True, False),
+        (False, True),
+        (False, True),
+    ]
     # the final observation is the last next_observation, never the first row of the next episode
     np.testing.assert_array_equal(cut.obs["state"], [[4, 5], [6, 7], [56, 57]])
     np.testing.assert_array_equal(rest.extras["qpos"], [[40], [50]])
@@ -223,7 +232,9 @@ def test_d4rl_without_next_observations_has_no_final_observation(tmp_path):
 def test_d4rl_without_timeouts_finds_jumps(tmp_path):
     obs = np.array([[0.0], [1], [2], [10], [11], [12]], np.float32)
     after = np.array([[1.0], [2], [3], [11], [12], [13]], np.float32)
-    fields = d4rl_fields(observations=obs, next_observations=after, timeouts=None, terminals=np.zeros(6, bool))
+    fields = d4rl_fields(
+        observations=obs, next_observations=after, timeouts=None, terminals=np.zeros(6, bool)
+    )
     source = D4RL.read(flat(tmp_path / "d.hdf5", **fields))
     assert [len(e) for e in source.episodes] == [3, 3]
     assert "jumps" in source.metadata["episode_ends_from"]
@@ -276,8 +287,3 @@ def test_bad_files_and_options(tmp_path, make, options, text):
     with pytest.raises(DataError, match=text) as caught:
         list(open_source(make(tmp_path), "auto", options).episodes)
     assert "\n" not in str(caught.value)
-
-
-def test_image_bytes_helper_is_jpeg():
-    data = imageio.imwrite("<bytes>", np.zeros((40, 48, 3), np.uint8), extension=".jpeg")
-    assert imageio.imread(io.BytesIO(data)).shape == (40, 48, 3)

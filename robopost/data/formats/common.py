@@ -139,8 +139,15 @@ def open_h5(path: Path) -> Iterator[Any]:
     with file:
         try:
             yield file
-        except (KeyError, OSError) as error:
-            raise DataError(f"{path}: {_plain(error)}. Fix: robopost data verify {path}") from error
+        except (KeyError, OSError) as error:  # a damaged block, found when it is read
+            raise DataError(f"{path}: {_plain(error)}. Fix: copy it again") from error
+
+
+def member(group: Any, name: str) -> Any:
+    """`group[name]` of an HDF5 file; absent raises DataError."""
+    if name not in group:
+        raise DataError(f"{group.file.filename}: {group.name} lacks {name!r}. Fix: copy it again or re-record it")
+    return group[name]
 
 
 def h5_leaves(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import shutil
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -29,6 +29,7 @@ ENDS = "meta/episode_ends"
 PUSHT_SIZE = 512.0  # Push-T acts in pixels of its 512 x 512 table
 PUSHT_FPS = 10.0
 CHUNK_STEPS = 512
+WHOLE_BYTES = 64 << 20
 
 
 @FORMATS.register("diffusion_policy")
@@ -95,26 +96,26 @@ class DiffusionPolicy(Format):
 
         def episodes() -> Iterator[Episode]:
             with _open(path) as group:
-                start = 0
+                columns, start = _Columns(group), 0
                 for index, end in enumerate(map(int, ends)):
                     rows = slice(start, end)
                     where = f"{path}, episode {index}"
                     obs: Arrays = {}
                     for key in chosen:
-                        value = _rows(group, fields[key], rows, where)
+                        value = columns.rows(fields[key], rows, where)
                         obs[key] = as_image(value, where) if key in images else value.astype(np.float32)
                         obs[key] = obs[key].reshape(end - start, *(obs[key].shape[1:] or (1,)))
                     if pusht and "keypoint" in obs:
-                        agent = _rows(group, "state", rows, where)[:, :2].astype(np.float32)
+                        agent = columns.rows("state", rows, where)[:, :2].astype(np.float32)
                         obs["keypoint"] = np.concatenate([obs["keypoint"].reshape(-1, 18), agent], axis=1)
-                    given = _rows(group, reward, rows, where).reshape(-1) if reward else np.zeros(end - start)
+                    given = columns.rows(reward, rows, where).reshape(-1) if reward else np.zeros(end - start)
                     yield Episode(
                         obs=obs,
-                        action=_rows(group, "action", rows, where).astype(np.float32),
+                        action=columns.rows("action", rows, where).astype(np.float32),
                         reward=given.astype(np.float32),
                         terminated=False,
                         truncated=True,
-                        extras={key: _rows(group, key, rows, where).astype(np.float32) for key in extras},
+                        extras={key: columns.rows(key, rows, where).astype(np.float32) for key in extras},
                         has_final_obs=False,
                     )
                     start = end
@@ -219,8 +220,21 @@ def _ends(group: zarr.Group, path: Path) -> np.ndarray:
     return ends
 
 
-def _rows(group: zarr.Group, name: str, rows: slice, where: str) -> np.ndarray:
-    try:
-        return np.asarray(group["data"][name][rows])  # type: ignore[index]
-    except Exception as error:
-        raise DataError(f"{where}: data/{name} can't be read ({type(error).__name__}: {error})") from error
+class _Columns:
+    """Rows of the arrays under `data`. Small arrays are read once: a zarr read costs milliseconds whatever its size."""
+
+    def __init__(self, group: zarr.Group) -> None:
+        self._data: Any = group["data"]
+        self._arrays: dict[str, Any] = {}
+
+    def rows(self, name: str, rows: slice, where: str) -> np.ndarray:
+        """A slice of one array; what can't be read raises DataError."""
+        try:
+            if name not in self._arrays:
+                array = self._arrays[name] = self._data[name]
+                if array.size * array.dtype.itemsize <= WHOLE_BYTES:
+                    with suppress(Exception):  # a torn block: the episode that needs it says so
+                        self._arrays[name] = array[:]
+            return np.asarray(self._arrays[name][rows])
+        except Exception as error:  # every codec raises its own kind
+            raise DataError(f"{where}: data/{name} can't be read ({type(error).__name__}: {error})") from error

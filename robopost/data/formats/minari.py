@@ -26,6 +26,7 @@ from robopost.data.formats.common import (
     join_state,
     join_state_spec,
     make_spec,
+    member,
     numbered,
     obs_key,
     open_h5,
@@ -181,8 +182,8 @@ def _read(main: Path, infos: list[str], action_limit: float) -> EpisodeSource:
         if not names:
             raise DataError(f"{main} has no episode_<n> groups. Fix: name another format with data.format")
         first = file[names[0]]
-        named = _named(h5_leaves(first["observations"]), obs_space)
-        action_dim = int(np.prod(first["actions"].shape[1:], dtype=int)) or 1
+        named = _named(h5_leaves(member(first, "observations")), obs_space)
+        action_dim = int(np.prod(member(first, "actions").shape[1:], dtype=int)) or 1
         extras = h5_extras(first.get("infos"), infos)
     low, high = action_space.get("low"), action_space.get("high")
     if action_limit or low is None or high is None:
@@ -192,11 +193,11 @@ def _read(main: Path, infos: list[str], action_limit: float) -> EpisodeSource:
         with open_h5(main) as file:
             for name in names:
                 group = file[name]
-                steps = len(group["actions"])
+                steps = len(member(group, "actions"))
                 obs: Arrays = {}
                 text = str(_scalar(group.attrs.get("instruction", "")))
                 for key, (like, (shape, _), how) in _named(
-                    h5_leaves(group["observations"]), obs_space
+                    h5_leaves(member(group, "observations")), obs_space
                 ).items():
                     if how == "text":
                         text = text or str(_scalar(like[0]))
@@ -207,10 +208,10 @@ def _read(main: Path, infos: list[str], action_limit: float) -> EpisodeSource:
                 success = info.get("success")
                 yield Episode(
                     obs=obs,
-                    action=as_vectors(group["actions"][:]).reshape(steps, -1),
-                    reward=as_vectors(group["rewards"][:])[:, 0],
-                    terminated=bool(group["terminations"][-1]) if steps else False,
-                    truncated=bool(group["truncations"][-1]) or not bool(group["terminations"][-1])
+                    action=as_vectors(member(group, "actions")[:]).reshape(steps, -1),
+                    reward=as_vectors(member(group, "rewards")[:])[:, 0],
+                    terminated=bool(member(group, "terminations")[-1]) if steps else False,
+                    truncated=bool(member(group, "truncations")[-1]) or not bool(member(group, "terminations")[-1])
                     if steps
                     else True,
                     success=bool(np.any(success[:])) if success is not None else None,

@@ -23,6 +23,7 @@ from robopost.data.formats.common import (
     join_state,
     join_state_spec,
     make_spec,
+    member,
     numbered,
     obs_key,
     open_h5,
@@ -90,7 +91,7 @@ class Robomimic(Format):
             chosen = choose("observation key", [*as_names(keys), *joined] if keys else "", fields)
             obs = {key: _declare(key, first["obs"][fields[key]].shape[1:]) for key in dict.fromkeys(chosen)}
             obs = join_state_spec(obs, joined)
-            action_dim = first["actions"].shape[1]
+            action_dim = member(first, "actions").shape[1]
             extras: dict[str, KeySpec] = {}
             if states:
                 if "states" not in first:
@@ -106,14 +107,14 @@ class Robomimic(Format):
             with open_h5(path) as file:
                 for name in names:
                     demo = file["data"][name]
-                    steps = len(demo["actions"])
+                    steps = len(member(demo, "actions"))
                     where = f"{path}: {name}"
                     has_next = "next_obs" in demo
                     values: Arrays = {}
                     for key in dict.fromkeys(chosen):
-                        rows = demo["obs"][fields[key]][:]
+                        rows = member(member(demo, "obs"), fields[key])[:]
                         if has_next:
-                            rows = np.concatenate([rows, demo["next_obs"][fields[key]][-1:]])
+                            rows = np.concatenate([rows, member(demo["next_obs"], fields[key])[-1:]])
                         values[key] = rows if rows.dtype == np.uint8 and rows.ndim == 4 else as_vectors(rows)
                     for field in ("rewards", "dones", *(["states"] if states else [])):
                         if field in demo and len(demo[field]) != steps:
@@ -202,7 +203,7 @@ class Robomimic(Format):
 def _chosen(file: Any, mask: str, path: Path) -> list[str]:
     names = numbered(file["data"], "demo_")
     if mask:
-        filters = file["mask"] if "mask" in file else {}
+        filters: Any = file.get("mask", {})
         if mask not in filters:
             raise unknown("mask", mask, list(filters), DataError)
         wanted = set(_texts(filters[mask][:]))
