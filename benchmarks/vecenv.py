@@ -3,8 +3,9 @@
 
 Each cell pins the process to `threads` CPUs and times robopost's vector environment in turns with one of:
 Gymnasium's SyncVectorEnv or AsyncVectorEnv (SAME_STEP, same number of environments, same CPUs), or
-`mujoco.rollout` called closed loop: one environment step per call, preallocated arrays, no observations, rewards
-or resets. Actions are random and drawn beforehand. A ratio is the median over rounds; the interval is min-max.
+`mujoco.rollout` called closed loop: one environment step per call, preallocated arrays, no observations,
+rewards or resets. Actions are random and drawn beforehand. A ratio is the median over rounds; the interval is
+min-max.
 """
 
 import os

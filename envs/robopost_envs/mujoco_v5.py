@@ -3,8 +3,8 @@
 
 A team of threads calls `mj_step` (MuJoCo releases the GIL), each on one MjData that stays in its cache. An
 environment is a row of numbers, written into the thread's MjData before a step and read back after it. The
-row holds the solver's warm start, and fields derived from the state (contact forces, body positions, which lag
-the state by a Runge-Kutta stage) are read right after the step, so results are Gymnasium's own;
+row holds the solver's warm start, and fields derived from the state (contact forces, body positions, which
+lag the state by a Runge-Kutta stage) are read right after the step, so results are Gymnasium's own;
 `mujoco.rollout` keeps neither between calls. Python touches each environment for about two microseconds per
 step; rewards and observations are computed for the whole batch at once.
 """

@@ -290,9 +290,13 @@ def test_make_launches_the_simulator_first_and_configures_the_task(monkeypatch):
         module.__dict__.update(members, __path__=[])
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(isaaclab, "_app", None)
+    monkeypatch.setattr(isaaclab, "_open", set())
     gym.register("Isaac-StandIn-v0", entry_point=Direct, disable_env_checker=True)
     try:
         env = isaaclab.make(IsaacLabConfig(id="Isaac-StandIn-v0", device="cpu", max_steps=7), 5)
+        with pytest.raises(EnvError, match="one simulation per process"):
+            isaaclab.make(IsaacLabConfig(id="Isaac-StandIn-v0"), 5)
+        env.close()
     finally:
         gym.registry.pop("Isaac-StandIn-v0")
     assert [entry[0] for entry in order] == ["launch", "parse"]

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _app: Any = None  # Isaac Sim starts once per process
+_open: set[int] = set()  # ids of environments not closed yet; Isaac Lab allows one simulation per process
 
 
 @dataclass
@@ -85,6 +86,11 @@ def make(config: IsaacLabConfig, num_envs: int, *, render: str | None = None) ->
     require("isaaclab", "isaaclab")
     if not config.id:
         raise ConfigError("env.id is empty. Fix: env.id=Isaac-Cartpole-v0, or another Isaac Lab task")
+    if _open:
+        raise EnvError(
+            "Isaac Lab runs one simulation per process and one is open. "
+            "Fix: close it first, or evaluate with `robopost eval` after training"
+        )
     _launch(config, render)
     # Only importable once the simulator runs.
     require("isaaclab_tasks", "isaaclab")
@@ -144,6 +150,7 @@ class IsaacLabVecEnv(VectorEnv):
     ) -> None:
         import torch
 
+        _open.add(id(self))
         self._env = env
         self._base = base = env.unwrapped
         self.num_envs = int(base.num_envs)
@@ -159,6 +166,7 @@ class IsaacLabVecEnv(VectorEnv):
         self.single_observation_space = select(self._adapter.space, list(obs_keys))
         self._keys = list(self.single_observation_space.spaces)
         self.single_action_space, self._limit = _action_space(base.single_action_space, action_limit)
+        self._action_dim = int(np.prod(self.single_action_space.shape))
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self._success_term = success_term
@@ -182,7 +190,7 @@ class IsaacLabVecEnv(VectorEnv):
         """Step every environment; ended ones are reset in the same step."""
         import torch
 
-        actions = check_actions(actions, self.num_envs, self.single_action_space.shape[0])
+        actions = check_actions(actions, self.num_envs, self._action_dim)
         result = self.step_tensors(torch.as_tensor(actions, dtype=torch.float32, device=self.device))
         terminated, truncated = _numpy(result.terminated), _numpy(result.truncated)
         info: dict[str, Any] = {}
@@ -226,6 +234,7 @@ class IsaacLabVecEnv(VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the environment; the simulator itself runs until the process ends."""
+        _open.discard(id(self))
         self._env.close()
 
     def _capture_before_reset(self) -> None:
@@ -262,7 +271,7 @@ class IsaacLabVecEnv(VectorEnv):
         manager = getattr(self._base, "termination_manager", None)
         if manager is not None and self._success_term in manager.active_terms:
             return manager.get_term(self._success_term).bool().clone()
-        value = extras.get("success")
+        value: Any = extras.get("success")
         if getattr(value, "shape", None) == (self.num_envs,):
             return value.bool().clone()
         return None

@@ -100,7 +100,8 @@ class BatchAdapter(ObservationAdapter):
 
         out: dict[str, Any] = {}
         if self._vectors:
-            pieces = [_get(raw, path).flatten(1).to(torch.float32) for path in self._vectors]
+            flat = [_get(raw, path) for path in self._vectors]
+            pieces = [value.reshape(len(value), -1).to(torch.float32) for value in flat]
             out["state"] = torch.cat(pieces, dim=1)
         for key, path in self._images.items():
             image = _get(raw, path)

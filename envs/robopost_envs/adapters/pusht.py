@@ -8,6 +8,7 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.utils import seeding
 from gymnasium.vector import VectorEnv
 
 from robopost.config import EnvConfig
@@ -113,7 +114,7 @@ class PushTWrapper(gym.Wrapper):
         """Start an episode at a drawn state, or exactly at `options["state"]`."""
         asked = (options or {}).get("state")
         if seed is not None:
-            self._base.np_random, self._base._np_random_seed = gym.utils.seeding.np_random(seed)
+            self._base.np_random, self._base._np_random_seed = seeding.np_random(seed)
         if asked is not None:
             state, legacy = _check_state(asked), False
         elif self._initial == "diffusion_policy":
