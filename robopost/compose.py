@@ -18,7 +18,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from robopost.config import CollectConfig, EvalConfig, TrainConfig
+from robopost.config import CollectConfig, DemoConfig, EvalConfig, TrainConfig
 from robopost.config_files import file_options, find_file, search_dirs
 from robopost.errors import ConfigError, nearest, unknown
 from robopost.overrides import NO_TARGET, TARGET, Override, field_names, first_line, parse, set_value
@@ -28,6 +28,7 @@ REGISTRIES: dict[str, Registry] = {"algo": ALGOS, "policy": POLICIES, "env": ENV
 ALIASES = {"steps": "loop.steps"}
 GYMNASIUM_ID = re.compile(r"^([\w.-]+/)?[A-Za-z][\w.-]*-v\d+$")
 PRUNED = "_pruned_"
+_stored: dict[tuple[str, str], type] = {}  # schemas that are in Hydra's store
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,7 @@ ROOTS: dict[str, Root] = {
     "train": Root(TrainConfig, ("data", "track", "env", "policy", "algo", "recipe")),
     "eval": Root(EvalConfig, ("env",)),
     "collect": Root(CollectConfig, ("env",)),
+    "demo": Root(DemoConfig, ()),
 }
 
 
@@ -224,8 +226,9 @@ def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> str:
         if group not in REGISTRIES:
             continue
         for entry in REGISTRIES[group]:
-            if entry.config is None:
+            if entry.config is None or _stored.get((group, entry.name)) is entry.config:
                 continue
+            _stored[group, entry.name] = entry.config
             node = OmegaConf.structured(entry.config)
             if not node.name:
                 node.name = entry.name
