@@ -6,13 +6,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from robopost.artefacts.checkpoint import latest, load_policy
 from robopost.collect import collect
 from robopost.compose import compose
+from robopost.config import DemoConfig
 from robopost.errors import ConfigError
 from robopost.evaluate.rollout import EvalResult, evaluate
 from robopost.evaluate.video import side_by_side, write_gif
@@ -21,27 +22,6 @@ from robopost.report import Comparison, write_report
 
 EVAL_SEED = 1_000_000  # evaluation episodes start from states that neither demonstrations nor training saw
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Sizes of the demo; the defaults fit six minutes on two CPU cores."""
-
-    out: str = "runs/demo"
-    seed: int = 0
-    demonstrations: int = 100
-    quality: float = 0.5
-    eval_episodes: int = 100
-    video_episodes: int = 4
-    clone_updates: int = 0  # 0 = the recipe's
-    finetune_steps: int = 0  # 0 = the recipe's
-
-    def __post_init__(self) -> None:
-        for name in ("demonstrations", "eval_episodes"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if not 0 <= self.video_episodes <= self.eval_episodes:
-            raise ConfigError(f"video_episodes={self.video_episodes} must lie in 0..{self.eval_episodes}")
 
 
 def run_demo(config: DemoConfig, say: Say = lambda text: None) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def settings(root: str) -> str:
     from robopost import config
     from robopost.cli.explain import rows
 
-    schema = {"eval": config.EvalConfig, "collect": config.CollectConfig}[root]
+    schema = {"eval": config.EvalConfig, "collect": config.CollectConfig, "demo": config.DemoConfig}[root]
     lines = ["settings:"]
     for key, _, default, note in rows(schema):
         shown = "" if default in ("(must be set)", "null", '""') else default

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -170,6 +170,22 @@ class Dataset:
         with torch.no_grad():
             out.obs = norm.obs(self.obs)
             out.action = norm.action(self.action)
+        return out
+
+    def first_rows(self) -> Tensor:
+        """(R,) for every observation row, the row of its episode's first observation."""
+        starts = torch.unique(self._index.first_row)
+        rows = torch.arange(len(next(iter(self.obs.values()))), device=self._home)
+        return starts[torch.searchsorted(starts, rows, right=True) - 1]
+
+    def with_obs(self, key: str, values: Tensor) -> Dataset:
+        """A dataset with one more float observation: `values` (R, ...), one row per observation row."""
+        rows = len(next(iter(self.obs.values())))
+        if len(values) != rows:
+            raise DataError(f"observation {key!r} has {len(values)} rows, the dataset has {rows}")
+        out = copy.copy(self)
+        out.obs = self.obs | {key: values.to(self._home, torch.float32)}
+        out.spec = replace(self.spec, obs=self.spec.obs | {key: (tuple(values.shape[1:]), "float32")})
         return out
 
     def sample(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError
 from robopost.nets.norm import Normaliser
 from robopost.registry import POLICIES
+
+if TYPE_CHECKING:
+    from robopost.data.dataset import Dataset
+    from robopost.vector import VecEnv
 
 
 @dataclass
@@ -114,11 +118,11 @@ class Policy(nn.Module, ABC):
         noise = torch.rand(rows, len(low), generator=generator, device=low.device)
         return low + (high - low) * noise
 
-    def wrap_env(self, env: Any) -> Any:
+    def wrap_env(self, env: VecEnv) -> VecEnv:
         """Wrap a `VecEnv` so that its observations hold what `sample` needs beyond the environment's own."""
         return env
 
-    def label_demos(self, demos: Any) -> Any:
+    def label_demos(self, demos: Dataset) -> Dataset:
         """Add to a `Dataset` of demonstrations what `wrap_env` adds to observations."""
         return demos
 

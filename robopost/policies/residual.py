@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from robopost.artefacts.checkpoint import load_policy
 from robopost.compose import policy_config_from_dict, to_dict
 from robopost.data.batch import Obs, Spec
+from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.mlp import MLP
@@ -25,6 +26,7 @@ from robopost.registry import POLICIES
 from robopost.vector import Arrays, Step, VecEnv, to_torch
 
 BASE_ACTION = "base_action"
+LABEL_BATCH = 4096  # frames of demonstrations the base policy answers at once
 
 
 @dataclass
@@ -128,6 +130,29 @@ class ResidualPolicy(Policy):
     def wrap_env(self, env: VecEnv) -> VecEnv:
         """Add `base_action` to the observations of `env`."""
         return BaseActionEnv(env, self)
+
+    @torch.no_grad()
+    def label_demos(self, demos: Dataset) -> Dataset:
+        """Add the base action along demonstrations, as if the base policy had been asked while they were executed.
+
+        The base is queried only where its queue would refill, all those frames in batches; its queue starts empty in
+        every episode.
+        """
+        first = demos.first_rows()
+        row = torch.arange(len(first), device=first.device)
+        asked = row - (row - first) % self.base.execute
+        labels = torch.empty(len(first), self.spec.action_dim)
+        queries = torch.unique(asked)
+        back = torch.arange(1 - self.history, 1, device=first.device)
+        for part in queries.split(LABEL_BATCH):
+            past = torch.maximum(part[:, None] + back, first[part][:, None])
+            obs = {key: demos.obs[key][past if self.history > 1 else part] for key in self.base.spec.obs}
+            chunk = self.base.act({k: v.to(self.device) for k, v in obs.items()}, deterministic=True).chunk.cpu()
+            for offset in range(self.base.execute):
+                at = (part + offset).clamp_max(len(first) - 1)
+                same = (asked[at] == part).cpu()
+                labels[at.cpu()[same]] = chunk[same, offset]
+        return demos.with_obs(BASE_ACTION, labels)
 
     def _with_history(self, action: Tensor) -> Tensor:
         return action if self.history == 1 else action[:, None].expand(-1, self.history, -1)

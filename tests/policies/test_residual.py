@@ -9,6 +9,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 
 from robopost.config import PolicyConfig
 from robopost.data.batch import Spec
+from robopost.data.dataset import Dataset
+from robopost.data.episode import Episode
 from robopost.errors import ConfigError
 from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
@@ -94,6 +96,22 @@ def test_base_actions_follow_frames_across_time_limit_and_termination():
         # The true final observation carries its own base action, whichever way the episode ended.
         assert np.array_equal(step.next_obs[BASE_ACTION][:, 0], step.next_obs["state"][:, 0])
         obs = step.obs
+
+
+def test_demonstrations_are_labelled_as_if_executed():
+    base = Counting(PolicyConfig(name="counting", horizon=4), SPEC)
+    policy = ResidualPolicy.__new__(ResidualPolicy)
+    torch.nn.Module.__init__(policy)
+    policy.base, policy.spec, policy.history, policy.normaliser = base, SPEC, 1, base.normaliser
+    episodes = []
+    for length, terminated in ((5, False), (6, True), (3, False)):
+        frames = np.stack([np.arange(length + 1), np.zeros(length + 1)], 1).astype(np.float32)
+        action, reward = np.zeros((length, 1), np.float32), np.zeros(length, np.float32)
+        episodes.append(Episode({"state": frames}, action, reward, terminated, not terminated))
+    labelled = policy.label_demos(Dataset.from_episodes(episodes, SPEC))
+    assert torch.equal(labelled.obs[BASE_ACTION][:, 0], labelled.obs["state"][:, 0])
+    batch = labelled.sample(64, torch.Generator().manual_seed(0))
+    assert torch.equal(batch.next_obs[BASE_ACTION][:, 0], batch.next_obs["state"][:, 0])
 
 
 def test_warm_up_stays_near_the_base_action(residual):
