@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import gymnasium as gym
@@ -150,6 +150,6 @@ def _image_key(path: tuple[str, ...], count: int) -> str:
     return "image" if count == 1 or name in IMAGE_NAMES else f"image_{name.removeprefix('image_')}"
 
 
-def stack(rows: list[Mapping[str, np.ndarray]], keys: list[str]) -> dict[str, np.ndarray]:
+def stack(rows: Sequence[Mapping[str, np.ndarray]], keys: list[str]) -> dict[str, np.ndarray]:
     """Rows of N environments as one dict of (N, ...) arrays."""
     return {key: np.stack([row[key] for row in rows]) for key in keys}
