@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch.compile, CUDA graphs and CPU settings: the only place that knows about them.
 
-Algorithms keep the expensive part of `update` in *steps*: methods that are pure functions of their tensor arguments and
-of tensors that stay where they are (parameters, flat gradients, optimiser state). `accelerate` wraps a step; the rest
-of the update (counters, the choice of step, sampling of Python-side numbers) stays plain Python.
+Algorithms keep the expensive part of `update` in *steps*: methods that are pure functions of their tensor
+arguments and of tensors that stay where they are (parameters, flat gradients, optimiser state). `accelerate`
+wraps a step; the rest of the update (counters, the choice of step, sampling of Python-side numbers) stays
+plain Python.
 """
 
 from __future__ import annotations
@@ -62,7 +63,8 @@ def accelerate(
         fn: takes tensors, dicts of tensors, `Batch`es or None, and returns a dict of scalar tensors.
         mode: one of `MODES`.
         device: where `fn` runs.
-        generators: random generators that `fn` draws from; a captured graph advances them as eager code would.
+        generators: random generators that `fn` draws from; a captured graph advances them as eager code
+        would.
     """
     mode = resolve(mode, device)
     if mode == "compile":
@@ -73,10 +75,11 @@ def accelerate(
 
 
 class CudaGraph:
-    """Runs `fn` eagerly `WARMUP_CALLS` times, captures it at the next call and replays the graph from then on.
+    """Runs `fn` eagerly `WARMUP_CALLS` times, captures it at the next call and replays the graph from then
+    on.
 
-    Every call is one real update: the warm-up works on the batches it is given. Outputs are copied out of the graph's
-    memory, so that a result stays valid after the next call.
+    Every call is one real update: the warm-up works on the batches it is given. Outputs are copied out of the
+    graph's memory, so that a result stays valid after the next call.
 
     Raises:
         DataError: an argument changes its structure, shape, dtype or device after the capture.
@@ -91,7 +94,7 @@ class CudaGraph:
         self.reset()
 
     def reset(self) -> None:
-        """Forget the captured graph: needed when state has moved (optimiser state after loading a checkpoint)."""
+        """Forget the captured graph: needed when state has moved (optimiser state after a load)."""
         self._graph: Any = None
         self._calls = 0
         self._static: tuple[Any, ...] = ()
@@ -117,7 +120,8 @@ class CudaGraph:
         return dict(zip(self._keys, self._packed.clone().unbind(), strict=True))
 
     def _warm(self, args: tuple[Any, ...]) -> dict[str, Tensor]:
-        # On a side stream, as capture requires, so that lazily created state does not belong to the default stream.
+        # On a side stream, as capture requires, so that lazily created state does not belong to the default
+        # stream.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -149,8 +153,8 @@ class CudaGraph:
                 was, now = getattr(target, what), getattr(source, what)
                 if was != now:
                     raise DataError(
-                        f"{self._name}: input {key!r} has {what} {_plain(now)}, the CUDA graph was captured with "
-                        f"{_plain(was)}. Fix: keep batches of one {what}, or accel.mode=eager"
+                        f"{self._name}: input {key!r} has {what} {_plain(now)}, the CUDA graph was captured "
+                        f"with {_plain(was)}. Fix: keep batches of one {what}, or accel.mode=eager"
                     )
             target.copy_(source, non_blocking=True)
 
@@ -160,7 +164,7 @@ def _plain(value: Any) -> Any:
 
 
 def map_tensors(value: Any, fn: Callable[[str, Tensor], Tensor], name: str = "") -> Any:
-    """Rebuild `value` (tensor, dict, tuple or list, dataclass, None) with `fn(name, tensor)` in place of each tensor."""
+    """Rebuild `value` (tensor, dict, sequence, dataclass, None) with `fn(name, tensor)` for each tensor."""
     if isinstance(value, Tensor):
         return fn(name, value)
     prefix = f"{name}." if name else ""

@@ -20,11 +20,11 @@ spec.loader.exec_module(lab)
 def test_auto_is_eager_on_cpu_and_graphs_on_cuda():
     assert resolve("auto", CPU) == "eager"
     assert resolve("auto", torch.device("cuda")) == "cudagraph"
-    with pytest.raises(ConfigError, match="accel.mode=cudagraph needs device=cuda"):
+    with pytest.raises(ConfigError, match=r"accel.mode=cudagraph needs device=cuda"):
         resolve("cudagraph", CPU)
-    with pytest.raises(ConfigError, match="Did you mean 'eager'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'eager'"):
         resolve("eagre", CPU)
-    with pytest.raises(ConfigError, match="accel.threads=-1"):
+    with pytest.raises(ConfigError, match=r"accel.threads=-1"):
         configure(AccelConfig(threads=-1))
     fn = lambda: {}  # noqa: E731
     assert accelerate(fn, "auto", device=CPU) is fn

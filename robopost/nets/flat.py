@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All trainable parameters of a network as one contiguous tensor: one kernel for Adam, one for a Polyak step."""
+"""All trainable parameters of a network as one tensor: one kernel for Adam, one for a Polyak step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from robopost.errors import ConfigError
 class Flat:
     """Makes the trainable parameters of `modules` views of one tensor, `data`.
 
-    Parameters keep their identity, names and shapes; only their storage moves, so state dicts and in-place loads work
-    as before. Moving a module to another device or dtype afterwards would break the views: build networks on their
-    device first. Optimisers own `param`, a single parameter over the same memory.
+    Parameters keep their identity, names and shapes; only their storage moves, so state dicts and in-place
+    loads work as before. Moving a module to another device or dtype afterwards would break the views: build
+    networks on their device first. Optimisers own `param`, a single parameter over the same memory.
 
     Attributes:
         params: the trainable parameters, in module order.
@@ -76,7 +76,7 @@ class Flat:
 
 
 def adam(flat: Flat, lr: float, *, scheduled: bool = False, **options: Any) -> torch.optim.Adam:
-    """Fused Adam over `flat`, capturable on CUDA. With `scheduled`, `set_lr` also works under a captured graph."""
+    """Fused Adam over `flat`. With `scheduled`, `set_lr` also works under a captured graph."""
     cuda = flat.data.is_cuda
     rate = torch.tensor(lr, device=flat.data.device) if cuda and scheduled else lr
     return torch.optim.Adam([flat.param], lr=rate, fused=True, capturable=cuda, **options)
@@ -92,7 +92,7 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def step_where(optimizer: torch.optim.Optimizer, flat: Flat, keep: Tensor) -> None:
-    """An optimiser step that changes nothing, moments included, where the scalar bool tensor `keep` is False."""
+    """An optimiser step that changes nothing, moments included, where the bool scalar `keep` is False."""
     slots = [flat.data, *(slot for slot in optimizer.state[flat.param].values() if isinstance(slot, Tensor))]
     before = [slot.clone() for slot in slots]
     optimizer.step()
@@ -102,7 +102,7 @@ def step_where(optimizer: torch.optim.Optimizer, flat: Flat, keep: Tensor) -> No
 
 
 def frozen_copy(module: nn.Module) -> tuple[Any, Flat]:
-    """Target network: a deep copy without gradients, and its flat memory in the same order as the original's."""
+    """Target network: a deep copy without gradients, and its flat memory in the original's order."""
     target = copy.deepcopy(module)
     flat = Flat(target)
     return target.requires_grad_(False), flat

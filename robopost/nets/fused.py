@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A faster evaluation of float32 perceptrons on CPUs where MKL is slow.
 
-torch sends float32 matrix products to MKL, which on AMD processors does not use its AVX-512 kernels; oneDNN, which torch
-ships as well, does, and takes about half the time at 256 x 256 x 256 (measured on a Zen 5 part). torch offers those
-kernels only to its own compiler (`torch.ops.mkldnn._linear_pointwise`), so they are checked against plain torch before
-first use and left alone where they are missing or disagree. Everywhere else, and on a GPU, networks run as written.
+torch sends float32 matrix products to MKL, which on AMD processors does not use its AVX-512 kernels; oneDNN,
+which torch ships as well, does, and takes about half the time at 256 x 256 x 256 (measured on a Zen 5 part).
+torch offers those kernels only to its own compiler (`torch.ops.mkldnn._linear_pointwise`), so they are
+checked against plain torch before first use and left alone where they are missing or disagree. Everywhere
+else, and on a GPU, networks run as written.
 
 The whole perceptron is one autograd node; gradients are the same to float32 rounding.
 """
@@ -23,7 +24,7 @@ _override: bool | None = None
 
 
 def force(enabled: bool | None) -> None:
-    """Switch the fused path on or off for the process; None = decide by processor. For tests and benchmarks."""
+    """Switch the fused path on or off; None = decide by processor. For tests and benchmarks."""
     global _override
     _override = enabled
 
@@ -54,7 +55,7 @@ def preferred() -> bool:
 
 
 def usable(net: nn.Sequential, x: Tensor) -> bool:
-    """True when `net` is a ReLU perceptron of plain or stacked linear layers, large enough, on (B, in) float32 on CPU."""
+    """True when `net` is a ReLU perceptron, large enough, and `x` is (B, in) float32 on CPU."""
     if x.dim() != 2 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     if not (preferred() if _override is None else _override and available()):

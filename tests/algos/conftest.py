@@ -116,7 +116,8 @@ def lab():
 
 
 def chain_mdp():
-    """Five one-hot states in a row; action > 0 goes right, else left; reward 1 for leaving the right end (terminal).
+    """Five one-hot states in a row; action > 0 goes right, else left; reward 1 for leaving the right end
+    (terminal).
 
     Seven of ten recorded actions go the wrong way in every state, so cloning learns the wrong one.
     """

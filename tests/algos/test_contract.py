@@ -67,8 +67,8 @@ def test_state_survives_json_and_keeps_global_randomness_alone(lab, name):
 
 def test_foreign_checkpoints_are_refused(lab):
     state = lab.make("td3").state_dict()
-    with pytest.raises(CheckpointError, match="lacks|shape|doesn't know"):
+    with pytest.raises(CheckpointError, match=r"lacks|shape|doesn't know"):
         lab.make("sac").load_state_dict(state)
     other = lab.make("td3", num_critics=3)
-    with pytest.raises(CheckpointError, match="shape"):
+    with pytest.raises(CheckpointError, match=r"shape"):
         other.load_state_dict(state)

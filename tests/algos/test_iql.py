@@ -176,9 +176,9 @@ def test_chain_is_solved_from_the_data_alone(lab, chain):
 
 
 def test_policies_without_a_density_and_bad_values_are_refused(lab):
-    with pytest.raises(ConfigError, match="Fix: policy=gaussian"):
+    with pytest.raises(ConfigError, match=r"Fix: policy=gaussian"):
         lab.make("iql", policy=lab.make_policy("deterministic"))
     with pytest.raises(ConfigError, match=r"algo.expectile=1.0 must lie in \(0, 1\)"):
         IQLConfig(expectile=1.0)
-    with pytest.raises(ConfigError, match="Did you mean 'corl'"):
+    with pytest.raises(ConfigError, match=r"Did you mean 'corl'"):
         IQLConfig(variant="corll")

@@ -154,14 +154,15 @@ def test_policy_improves_on_a_bandit(lab):
 
 def test_rollouts_and_policies_that_do_not_fit_are_refused(lab):
     algo = lab.make("ppo")
-    with pytest.raises(DataError, match="chain and log_prob"):
+    with pytest.raises(DataError, match=r"chain and log_prob"):
         algo.update(replace(lab.make_rollout(algo), chain=None))
-    with pytest.raises(ConfigError, match="algo.batch_size=64 is larger than a rollout of 16 samples"):
-        big = lab.make("ppo", batch_size=64)
-        big.update(lab.make_rollout(big))
-    with pytest.raises(ConfigError, match="policy=deterministic has none"):
+    big = lab.make("ppo", batch_size=64)
+    rollout = lab.make_rollout(big)
+    with pytest.raises(ConfigError, match=r"algo.batch_size=64 is larger than a rollout of 16 samples"):
+        big.update(rollout)
+    with pytest.raises(ConfigError, match=r"policy=deterministic has none"):
         lab.make("ppo", policy=lab.make_policy("deterministic"))
     with pytest.raises(ConfigError, match=r"algo.gae_lambda=1.2 must lie in \[0, 1\]"):
         PPOConfig(gae_lambda=1.2)
-    with pytest.raises(ConfigError, match="normalise_advantage=false"):
+    with pytest.raises(ConfigError, match=r"normalise_advantage=false"):
         PPOConfig(batch_size=1)

@@ -112,7 +112,7 @@ def test_backup_without_entropy_ignores_the_temperature(lab):
 
 
 def test_policies_that_do_not_fit_and_bad_values_are_refused(lab):
-    with pytest.raises(ConfigError, match="Fix: policy=gaussian policy.squash=true"):
+    with pytest.raises(ConfigError, match=r"Fix: policy=gaussian policy.squash=true"):
         lab.make("sac", policy=lab.make_policy("gaussian", squash=False))
-    with pytest.raises(ConfigError, match="algo.temperature=0.0 must be above 0"):
+    with pytest.raises(ConfigError, match=r"algo.temperature=0.0 must be above 0"):
         SACConfig(temperature=0.0)

@@ -169,7 +169,7 @@ def test_config_refuses_what_can_not_work(options, message):
 
 
 def test_policies_that_do_not_fit_are_named(lab):
-    with pytest.raises(ConfigError, match="policy.horizon=4"):
+    with pytest.raises(ConfigError, match=r"policy.horizon=4"):
         lab.make("td3", policy=lab.make_policy("deterministic", horizon=4))
-    with pytest.raises(ConfigError, match="normalise_action='meanstd'"):
+    with pytest.raises(ConfigError, match=r"normalise_action='meanstd'"):
         lab.make("td3", policy=lab.make_policy("deterministic", normalise_action="meanstd"))

@@ -39,7 +39,7 @@ def test_scaling_q_leaves_the_actor_gradient_unchanged(lab):
 
 
 def test_summed_form_of_rebrac_has_the_same_direction(lab):
-    """beta1 * sum_dims (pi - a)^2 - Q / mean|Q| with beta1 = 1 / (alpha A) is TD3+BC's loss divided by alpha."""
+    """beta1 * sum_dims (pi - a)^2 - Q / mean|Q| with beta1 = 1 / (alpha A) is TD3+BC's loss over alpha."""
     algo, batch = lab.make("td3_bc"), lab.make_batch()
     action = algo.policy(batch.obs)[:, 0]
     q = algo.critic(batch.obs, action)[0]
@@ -62,6 +62,6 @@ def test_chain_is_solved_where_cloning_goes_the_wrong_way(lab, chain):
 
 
 def test_config():
-    with pytest.raises(ConfigError, match="algo.alpha=-1.0 must be 0"):
+    with pytest.raises(ConfigError, match=r"algo.alpha=-1.0 must be 0"):
         TD3BCConfig(alpha=-1.0)
     assert TD3BCConfig().alpha == 2.5

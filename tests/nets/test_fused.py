@@ -47,7 +47,7 @@ def test_frozen_q_has_the_plain_gradient_in_the_action_and_none_in_the_weights()
         assert value.shape == (2, 64)
         assert torch.allclose(value, q(obs, action)[:2], atol=1e-5)
         results.append(torch.autograd.grad(value.sum(), action)[0])
-        with pytest.raises(RuntimeError, match="unused|not have been used"):
+        with pytest.raises(RuntimeError, match=r"unused|not have been used"):
             torch.autograd.grad(q.frozen(obs, action).sum(), list(q.parameters()))
     assert torch.allclose(*results, atol=1e-5)
 

@@ -68,7 +68,7 @@ def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
 
 
 def advantage_weights(advantage: Tensor, beta: float, limit: float) -> Tensor:
-    """min(exp(beta * A), limit), without gradient (Kostrikov et al. 2021, eq. 7; the cap is the reference code's)."""
+    """min(exp(beta * A), limit), no gradient (Kostrikov et al. 2021, eq. 7; the cap is the code's)."""
     return (beta * advantage.detach()).exp().clamp(max=limit)
 
 
@@ -88,7 +88,7 @@ def q_loss(q: Tensor, target: Tensor, variant: str) -> Tensor:
 
 @ALGOS.register("iql", config=IQLConfig)
 class IQL(Algorithm):
-    """IQL: expectile values of the data's own actions, advantage-weighted cloning; never queries unseen actions."""
+    """IQL: expectile values and advantage-weighted cloning; never queries actions outside the data."""
 
     registry_name = "iql"
     regime = "offline"
@@ -106,8 +106,8 @@ class IQL(Algorithm):
         super().__init__(config, policy, spec, device=device, generator=generator)
         if not hasattr(policy, "action_log_prob"):
             raise ConfigError(
-                f"algo=iql needs the log-probability of the data's actions, which policy={policy.registry_name} has "
-                "not. Fix: policy=gaussian"
+                f"algo=iql needs the log-probability of the data's actions; policy={policy.registry_name} has "
+                "none. Fix: policy=gaussian"
             )
         if policy.horizon != 1:
             raise ConfigError(

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """TD3+BC: TD3 with a cloning term in the actor (Fujimoto and Gu 2021, arXiv 2106.06860).
 
-Reference implementations: github.com/sfujim/TD3_BC and CORL's `algorithms/offline/td3_bc.py`. The critic is TD3's.
+Reference implementations: github.com/sfujim/TD3_BC and CORL's `algorithms/offline/td3_bc.py`. The critic is
+TD3's.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def q_weight(q: Tensor, alpha: float) -> Tensor:
 
 
 def td3_bc_loss(q: Tensor, action: Tensor, data_action: Tensor, alpha: float) -> tuple[Tensor, Tensor]:
-    """-lambda * mean Q(s, pi(s)) + mean (pi(s) - a)^2 over batch and dimensions (Fujimoto and Gu 2021, eq. 3).
+    """-lambda * mean Q(s, pi(s)) + mean (pi(s) - a)^2 over batch and dimensions (Fujimoto and Gu 2021, eq.
+    3).
 
     Args:
         q: (B,) first critic at the policy's action.

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """PPO: proximal policy optimisation with a clipped objective (Schulman et al. 2017, arXiv 1707.06347).
 
-Defaults are those of stable-baselines3's PPO for continuous actions. Advantages follow GAE (Schulman et al. 2016,
-arXiv 1506.02438) and respect both kinds of episode end.
+Defaults are those of stable-baselines3's PPO for continuous actions. Advantages follow GAE (Schulman et al.
+2016, arXiv 1506.02438) and respect both kinds of episode end.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
-    """E[(r - 1) - log r], an unbiased non-negative estimate of KL(old || new) (Schulman 2020, "Approximating KL")."""
+    """E[(r - 1) - log r], a non-negative estimate of KL(old || new) (Schulman 2020, blog)."""
     return (log_ratio.exp() - 1 - log_ratio).mean()
 
 

@@ -2,7 +2,8 @@
 """SAC: soft actor-critic with a learned temperature (Haarnoja et al. 2018, arXiv 1812.05905, "SAC v2").
 
 Reference implementations: stable-baselines3's SAC (whose defaults these are) and CleanRL's
-`sac_continuous_action.py`. Critic ensembles and the random subset follow RED-Q (Chen et al. 2021, arXiv 2101.05982).
+`sac_continuous_action.py`. Critic ensembles and the random subset follow RED-Q (Chen et al. 2021, arXiv
+2101.05982).
 """
 
 from __future__ import annotations
@@ -107,8 +108,8 @@ class SAC(Algorithm):
         check_step_policy(policy, self.registry_name)
         if not policy.has_log_prob or not getattr(policy.config, "squash", False):
             raise ConfigError(
-                f"algo=sac needs a policy with a log-probability and bounded samples, policy={policy.registry_name} "
-                "here has not. Fix: policy=gaussian policy.squash=true"
+                f"algo=sac needs a log-probability and bounded samples, which policy={policy.registry_name} "
+                "here lacks. Fix: policy=gaussian policy.squash=true"
             )
         self.critic = QEnsemble(
             spec,

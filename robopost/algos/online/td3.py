@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """TD3: twin delayed deep deterministic policy gradient (Fujimoto et al. 2018, arXiv 1802.09477).
 
-Reference implementation: github.com/sfujim/TD3. Defaults are its own. Critic ensembles of any size with a random subset
-in the target follow RED-Q (Chen et al. 2021, arXiv 2101.05982), LayerNorm critics follow RLPD (Ball et al. 2023).
+Reference implementation: github.com/sfujim/TD3. Defaults are its own. Critic ensembles of any size with a
+random subset in the target follow RED-Q (Chen et al. 2021, arXiv 2101.05982), LayerNorm critics follow RLPD
+(Ball et al. 2023).
 """
 
 from __future__ import annotations
@@ -117,13 +118,13 @@ def check_step_policy(policy: Policy, algo: str) -> None:
     mode = getattr(policy.config, "normalise_action", "bounds")
     if mode not in ("bounds", "minmax"):
         raise ConfigError(
-            f"algo={algo} clips actions to [-1, 1] in normalised units and policy.normalise_action={mode!r} doesn't map "
-            "the bounds there. Fix: policy.normalise_action=bounds"
+            f"algo={algo} clips normalised actions to [-1, 1] and policy.normalise_action={mode!r} doesn't "
+            "map the bounds there. Fix: policy.normalise_action=bounds"
         )
 
 
 def smoothed_action(action: Tensor, noise: Tensor, std: float, clip: float) -> Tensor:
-    """Target policy smoothing (Fujimoto et al. 2018, eq. 14): clip(pi'(s') + clip(std * noise, +-clip), +-1)."""
+    """clip(pi'(s') + clip(std * noise, +-clip), +-1): target smoothing (Fujimoto et al. 2018, eq. 14)."""
     return (action + (noise * std).clamp(-clip, clip)).clamp(-1.0, 1.0)
 
 
@@ -142,7 +143,7 @@ def td_target(reward: Tensor, discount: Tensor, next_q: Tensor, subset: Tensor |
 
 
 def critic_loss(q: Tensor, target: Tensor) -> Tensor:
-    """Sum over critics of the mean squared error: q (E, B), target (B,) (Fujimoto et al. 2018, algorithm 1)."""
+    """Sum over critics of the mean squared error, q (E, B) (Fujimoto et al. 2018, algorithm 1)."""
     return (q - target).square().mean(1).sum()
 
 
