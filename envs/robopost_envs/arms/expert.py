@@ -25,7 +25,7 @@ CRUISE = 0.10  # m, fingertip height for carrying and for passing over cubes
 PUSH_CRUISE = 0.075  # m, for passing over the block
 STANDOFF = 0.065  # m, fingertips to block centre before a push
 GRASP_HEIGHT = 0.02  # m
-PAUSE = 6.0  # steps, mean length of a hesitation at quality 0
+PAUSE = 4.0  # steps, mean length of a hesitation at quality 0
 STREAM = 3  # keeps the script's random numbers apart from those of other users of the same seed
 
 
@@ -80,11 +80,11 @@ class ScriptedExpert:
         error = self.error
         # The zone looks a little nearer and to the left: an error that repeats, as from a tilted camera.
         seen.cube[:, :2] += error * self._bias[:, :2]
-        seen.zone[:, :2] += error * (self._bias[:, 2:] + np.array([-0.024, 0.018]))
+        seen.zone[:, :2] += error * (self._bias[:, 2:] + np.array([-0.038, 0.026]))
         rules = {"arm_reach": self._reach, "arm_push": self._push}.get(self.config.name, self._handle)
         goal, opening, speed = rules(seen)
         # Unsteady hands: first-order noise on the velocity, and pauses.
-        self._noise += -0.3 * self._noise + 0.5 * error * draws[:, :3]
+        self._noise += -0.3 * self._noise + 0.28 * error * draws[:, :3]
         start = (draws[:, 3] > 1.9) & (self._pause <= 0)
         self._pause = np.where(start, error * PAUSE * np.abs(draws[:, 4]), self._pause - 1)
         step = (goal - seen.commanded) / self.config.step_size
@@ -134,7 +134,7 @@ class ScriptedExpert:
         self._layout = layout.copy()
         for i in np.flatnonzero(new):
             habits = self._rngs[i].normal(size=5)
-            scale = 0.012 if self.task.gripper else 0.018
+            scale = 0.03 if self.task.gripper else 0.018
             self._bias[i] = [*(habits[:2] * scale), *(habits[2:4] * 0.03)]
             self._pace[i] = np.clip(1.0 - self.error * 0.25 * abs(habits[4]), 0.4, 1.0)
             self._noise[i], self._pause[i] = 0.0, 0.0
@@ -199,8 +199,8 @@ class ScriptedExpert:
         lower = up & (kind == PUT) & (flat(ee, zone) < 0.012)
         goal[lower, :2], goal[lower, 2], speed[lower] = zone[lower, :2], GRASP_HEIGHT, 0.7
         # A hurried hand opens above the table and before it is over the middle of the zone.
-        drop = up & (kind == PUT) & (flat(ee, zone) < 0.012 + 0.03 * error)
-        drop &= ee[:, 2] < GRASP_HEIGHT + 0.008 + 0.05 * error
+        drop = up & (kind == PUT) & (flat(ee, zone) < 0.012 + 0.05 * error)
+        drop &= ee[:, 2] < GRASP_HEIGHT + 0.008 + 0.08 * error
         opening[drop | placed] = 1.0
         goal[placed] = np.concatenate(
             [seen.commanded[placed, :2], np.full((int(placed.sum()), 1), CRUISE)], axis=1
