@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -111,10 +112,10 @@ def write_mp4(frames: Iterator[np.ndarray] | Sequence[np.ndarray], path: Path, f
     Raises:
         RobopostError: there are no frames, they differ in size, or ffmpeg fails.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.stem}.partial.mp4")
     writer, shape, count = None, None, 0
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         for frame in frames:
             if frame.shape[0] % 2 or frame.shape[1] % 2:
                 frame = np.pad(frame, ((0, frame.shape[0] % 2), (0, frame.shape[1] % 2), (0, 0)), mode="edge")
@@ -153,7 +154,8 @@ def write_mp4(frames: Iterator[np.ndarray] | Sequence[np.ndarray], path: Path, f
     finally:
         if writer is not None:
             writer.close()
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
     return count
 
 

@@ -70,6 +70,9 @@ def test_bad_frames_leave_nothing_behind(tmp_path):
     with pytest.raises(RobopostError, match=r"frame 2 has shape \(20, 60, 3\)"):
         write_mp4([*frames(2), *frames(1, height=20)], tmp_path / "a.mp4", fps=10)
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RobopostError, match=r"a\.mp4 can't be written"):
+        write_mp4(frames(2), tmp_path / "file" / "a.mp4", fps=10)
 
 
 def test_marks_appear_at_success_and_at_the_end_only():
