@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -180,7 +180,7 @@ def t_quantile(probability: float, dof: int) -> float:
     return (low + high) / 2
 
 
-def running(values: Sequence[float], window: int) -> np.ndarray:
+def running(values: ArrayLike, window: int) -> np.ndarray:
     """Running mean of (n,) values over `window` points; at the ends a local straight line instead.
 
     A one-sided mean would lag behind a rising curve there, a shrinking window would show the raw noise.

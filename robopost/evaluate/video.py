@@ -69,10 +69,10 @@ class Recorder:
 
     def frames(self, vec: VecEnv, first: int, running: np.ndarray, steps: int) -> None:
         """Render the running recorded episodes before a step; slot i holds episode `first + i`."""
-        slots = [i for i in np.flatnonzero(running) if first + i < self.episodes]
+        slots = [int(i) for i in np.flatnonzero(running) if first + i < self.episodes]
         for i in slots:
             clip = self._clips.setdefault(
-                first + i, Clip([], int(first + i), fps=self._fps, stride=self._stride, speed=self._speed)
+                first + i, Clip([], first + i, fps=self._fps, stride=self._stride, speed=self._speed)
             )
             clip.length = steps + 1
         if slots and steps % self._stride == 0:
@@ -82,7 +82,7 @@ class Recorder:
     def successes(self, first: int, running: np.ndarray, success: np.ndarray, steps: int) -> None:
         """Note the first success of running recorded episodes after step number `steps`."""
         for i in np.flatnonzero(running & success):
-            clip = self._clips.get(first + i)
+            clip = self._clips.get(first + int(i))
             if clip is not None and clip.success_at is None:
                 clip.success_at = steps
 
@@ -133,9 +133,15 @@ def write_mp4(frames: Iterator[np.ndarray] | Sequence[np.ndarray], path: Path, f
                     "yuv420p",
                 ]
                 writer = imageio_ffmpeg.write_frames(
-                    str(partial), size, fps=fps, codec="libx264", quality=None, macro_block_size=1,
-                    output_params=options, ffmpeg_log_level="error",
-                )  # fmt: skip
+                    str(partial),
+                    size,
+                    fps=fps,  # type: ignore[arg-type]  # a float is fine, its signature infers int
+                    codec="libx264",
+                    quality=None,  # type: ignore[arg-type]  # None leaves -crf alone
+                    macro_block_size=1,
+                    output_params=options,
+                    ffmpeg_log_level="error",
+                )
                 writer.send(None)
             if frame.shape != shape:
                 raise RobopostError(

@@ -215,12 +215,15 @@ def _run_row(
 
 
 def _best(run: RunData, judged: bool) -> str:
-    scored = [(i.result.successes.mean() if judged else i.result.returns.mean(), i.step) for i in run.trained
-              if not judged or i.result.successes is not None]  # fmt: skip
+    scored = []
+    for item in run.trained:
+        values = item.result.successes if judged else item.result.returns
+        if values is not None:
+            scored.append((float(values.mean()), item.step))
     if len(scored) < 2:
         return ""
     value, step = max(scored, key=lambda pair: pair[0])
-    return f"{value * 100:.1f} % ({step:,})" if judged else f"{number(float(value))} ({step:,})"
+    return f"{value * 100:.1f} % ({step:,})" if judged else f"{number(value)} ({step:,})"
 
 
 def _chart(key: str, groups: Groups) -> str:
