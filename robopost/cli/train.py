@@ -127,7 +127,8 @@ def _run(config: TrainConfig, command: str) -> int:
     if not config.out:
         config = replace(config, out=str(default_folder(config)))
     try:
-        if config.data.collect:
+        # A folder that holds a run is refused by `train`, before anything is written into it.
+        if config.data.collect and not (Path(config.out) / "config.json").exists():
             with progress_bar("recording demonstrations", config.data.collect) as update:
                 config = ensure_data(config, Path(config.out), update)
         folder = train(config, command)

@@ -172,7 +172,9 @@ def test_bash_script_is_valid():
 
 
 def test_doctor_json(capsys, monkeypatch):
-    monkeypatch.setattr("robopost.cli.doctor.render_check", lambda backend: {"works": backend == "egl", "why": "x"})
+    monkeypatch.setattr(
+        "robopost.cli.doctor.render_check", lambda backend: {"works": backend == "egl", "why": "x"}
+    )
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     assert main(["doctor", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
@@ -182,7 +184,9 @@ def test_doctor_json(capsys, monkeypatch):
 
 
 def test_doctor_table(capsys, monkeypatch):
-    monkeypatch.setattr("robopost.cli.doctor.render_check", lambda backend: {"works": False, "why": "no libEGL"})
+    monkeypatch.setattr(
+        "robopost.cli.doctor.render_check", lambda backend: {"works": False, "why": "no libEGL"}
+    )
     assert main(["doctor"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "no libEGL" in out
