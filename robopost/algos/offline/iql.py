@@ -106,8 +106,8 @@ class IQL(Algorithm):
         super().__init__(config, policy, spec, device=device, generator=generator)
         if not hasattr(policy, "action_log_prob"):
             raise ConfigError(
-                f"algo=iql needs the log-probability of the data's actions; policy={policy.registry_name} has "
-                "none. Fix: policy=gaussian"
+                f"algo=iql needs the log-probability of the data's actions; policy={policy.registry_name} "
+                "has none. Fix: policy=gaussian"
             )
         if policy.horizon != 1:
             raise ConfigError(

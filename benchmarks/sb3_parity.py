@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Final returns of PPO and SAC against stable-baselines3 at equal steps and equal settings.
+
+PPO: 300k steps on Hopper-v5 and HalfCheetah-v5; SAC: 50k steps on HalfCheetah-v5; three seeds each, one
+environment, stable-baselines3's default hyper-parameters on both sides. A run's result is its last policy's
+mean return over 20 deterministic episodes, which start from the same seeds on both sides. Figures are ratios
+of the means over seeds; for PPO the mean of the two tasks' ratios. Every run is a cell of its own, so that
+the table can be filled over several sittings: `robopost bench sb3_parity --tier small --cells
+'ppo/Hopper-v5/*'`.
+"""
+
+import tempfile
+import time
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+
+from robopost.artefacts.checkpoint import load_policy
+from robopost.bench import Bench
+from robopost.compose import compose
+from robopost.errors import require
+from robopost.evaluate.rollout import evaluate
+from robopost.loops import train
+
+CASES = (("ppo", "Hopper-v5"), ("ppo", "HalfCheetah-v5"), ("sac", "HalfCheetah-v5"))
+EVAL_SEED = 10_000
+SETTINGS = {
+    "ppo": [
+        "algo=ppo",
+        "policy=gaussian",
+        "policy.hidden=[64,64]",
+        "policy.activation=tanh",
+        "policy.init=orthogonal",
+        "policy.squash=false",
+        "policy.state_std=false",
+    ],
+    "sac": ["algo=sac", "policy=gaussian"],
+}
+
+
+def ours(algo, task, seed, steps, episodes):
+    """Train through the public API and evaluate the saved policy."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "run"
+        words = [*SETTINGS[algo], f"env={task}", "env.num_envs=1", f"seed={seed}", f"loop.steps={steps}"]
+        words += [f"loop.log_every={max(1, steps // 20)}", "loop.eval_episodes=1", f"out={out}", "device=cpu"]
+        words += [f"accel.threads={torch.get_num_threads()}", "track.tensorboard=false"]
+        config = compose(words)
+        began = time.perf_counter()
+        train(config)
+        seconds = time.perf_counter() - began
+        result = evaluate(load_policy(out), config.env, episodes=episodes, seed=EVAL_SEED)
+    return summary(np.asarray(result.returns), seconds)
+
+
+def theirs(algo, task, seed, steps, episodes):
+    """Train stable-baselines3 with its defaults and evaluate on the same start states."""
+    library = require("stable_baselines3", "dev")
+    env = gym.make(task)
+    model = getattr(library, algo.upper())("MlpPolicy", env, seed=seed, device="cpu")
+    began = time.perf_counter()
+    model.learn(steps)
+    seconds = time.perf_counter() - began
+    returns = []
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=EVAL_SEED + episode)
+        total, done = 0.0, False
+        while not done:
+            action, _ = model.predict(obs, deterministic=True)
+            obs, reward, terminated, truncated, _ = env.step(action)
+            total += float(reward)
+            done = terminated or truncated
+        returns.append(total)
+    env.close()
+    return summary(np.asarray(returns), seconds)
+
+
+def summary(returns, seconds):
+    """Cell form of one run."""
+    return {
+        "return_mean": float(returns.mean()),
+        "return_std": float(returns.std()),
+        "returns": [float(value) for value in returns],
+        "train_seconds": seconds,
+    }
+
+
+def run(bench: Bench) -> None:
+    """All cells, then ratios of means over the seeds that are there on both sides."""
+    bench.packages("stable-baselines3", "gymnasium", "mujoco")
+    steps = {
+        "ppo": bench.scale(smoke=4096, small=300_000, paper=1_000_000),
+        "sac": bench.scale(smoke=300, small=50_000, paper=1_000_000),
+    }
+    seeds = range(bench.scale(smoke=1, small=3, paper=10))
+    episodes = bench.scale(smoke=2, small=20, paper=20)
+    rows, ratios = [], {"ppo": [], "sac": []}
+    for algo, task in CASES:
+        means = {}
+        for side in (ours, theirs):
+            values, seconds = [], []
+            for seed in seeds:
+
+                def measure(side=side, seed=seed, algo=algo, task=task):
+                    return side(algo, task, seed, steps[algo], episodes)
+
+                key = f"{algo}/{task}/{side.__name__}/seed{seed}"
+                params = {"steps": steps[algo], "episodes": episodes}
+                row = bench.cell(key, measure, params=params, seed=seed)
+                values.append(row["return_mean"])
+                seconds.append(row["train_seconds"])
+            means[side.__name__] = float(np.mean(values))  # NaN, an empty figure, until every seed is there
+            rows.append(
+                {
+                    "algorithm": algo,
+                    "task": task,
+                    "library": "robopost" if side is ours else "stable-baselines3",
+                    "steps": steps[algo],
+                    "mean return": means[side.__name__],
+                    **{f"seed {seed}": value for seed, value in zip(seeds, values, strict=True)},
+                    "training (s)": float(np.mean(seconds)),
+                }
+            )
+        ratio = means["ours"] / means["theirs"]
+        ratios[algo].append(ratio)
+        bench.figure(f"{algo}_return_vs_sb3_{task.split('-')[0].lower()}", ratio, unit="x")
+    note = "ratio of mean final returns over seeds, 20 deterministic episodes a run"
+    for algo, values in ratios.items():
+        bench.figure(f"{algo}_return_vs_sb3", float(np.mean(values)), unit="x", target=0.9, note=note)
+    bench.table("returns", rows, caption="Mean return of the last policy, by seed.")
