@@ -12,10 +12,12 @@ A benchmark is a file `benchmarks/<name>.py` with a docstring and `run(bench: Be
 
 from __future__ import annotations
 
+import fcntl
 import fnmatch
 import importlib.util
 import logging
 import math
+import os
 import statistics
 import time
 import traceback
@@ -141,8 +143,10 @@ class Bench:
         self.failed: list[str] = []
         self.left_out: list[str] = []
         self._filter, self._rerun = cells, rerun
+        self._finished = False
         self._packages = list(packages)
         self._asked: set[str] = set()
+        self._measured: set[str] = set()
         self._new_figures: set[str] = set()
         self._new_tables: set[str] = set()
         self._revision = machine.revision()
@@ -181,6 +185,7 @@ class Bench:
         self._asked.add(key)
         wanted = fnmatch.fnmatchcase(key, self._filter)
         digest = params_hash({"params": params or {}, "seed": seed})
+        self._adopt()
         stored = self._find(key)
         fits = stored is not None and stored["status"] == "ok" and stored["hash"] == digest
         if stored is not None and fits and not (self._rerun and wanted):
@@ -222,6 +227,7 @@ class Bench:
             stored["last_error"] = row["error"]
         else:
             self._put(row)
+        self._measured.add(key)
         self.save()
         return result
 
@@ -281,13 +287,29 @@ class Bench:
 
     def finish(self) -> None:
         """Drop what the benchmark no longer asks for and save. Called after `run` returned."""
+        self._adopt()
         self.rows = [row for row in self.rows if row["tier"] != self.tier or row["cell"] in self._asked]
         self.figures = [f for f in self.figures if f["tier"] != self.tier or f["name"] in self._new_figures]
         self.tables = [t for t in self.tables if t["tier"] != self.tier or t["name"] in self._new_tables]
+        self._finished = True
         self.save()
 
     def save(self) -> None:
-        """Write the results file atomically: a killed run leaves the previous one whole."""
+        """Write the results file atomically: a killed run leaves the previous one whole.
+
+        Several processes may fill one table (`--cells`): each keeps the others' cells.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path.parent, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            if not self._finished:
+                self._adopt()
+            self._write()
+        finally:
+            os.close(folder)
+
+    def _write(self) -> None:
         tiers = {row["tier"] for row in self.rows}
         data = {
             "schema": SCHEMA,
@@ -309,6 +331,14 @@ class Bench:
         }
         write_json(self.path, data)
 
+    def _adopt(self) -> None:
+        """Take over the cells that another process has stored since this one last looked."""
+        if not self.path.exists():
+            return
+        for row in read_result(self.path)["rows"]:
+            if row["tier"] != self.tier or row["cell"] not in self._measured:
+                self._put(row)
+
     def _load(self) -> None:
         data = read_result(self.path)
         self.rows, self.figures, self.tables = data["rows"], data["figures"], data.get("tables", [])
@@ -317,7 +347,8 @@ class Bench:
         return next((row for row in self.rows if row["cell"] == key and row["tier"] == self.tier), None)
 
     def _put(self, row: dict[str, Any]) -> None:
-        old = self._find(row["cell"])
+        same = (old for old in self.rows if (old["cell"], old["tier"]) == (row["cell"], row["tier"]))
+        old = next(same, None)
         if old is None:
             self.rows.append(row)
         else:

@@ -318,3 +318,18 @@ def test_plain_values_and_hashes():
     assert [number(v) for v in (0.12345, 12345.6, 3.0, 1234567, 1e-7, 0)] == [
         "0.1235", "12,346", "3", "1,234,567", "1.00e-07", "0",
     ]  # fmt: skip
+
+
+def test_two_processes_fill_one_table(tmp_path):
+    first, second = Bench("shared", "smoke", tmp_path), Bench("shared", "smoke", tmp_path)
+    first.cell("a", lambda: {"v": 1})
+    assert second.cell("a", lambda: {"v": 2}) == {"v": 1}
+    second.cell("b", lambda: {"v": 3})
+    first.cell("c", lambda: {"v": 4})
+    for bench in (first, second):
+        for key in "abc":
+            if key not in bench._asked:
+                bench.cell(key, lambda: {"v": 9})
+        bench.finish()
+    stored = {row["cell"]: row["result"]["v"] for row in Bench("shared", "smoke", tmp_path).rows}
+    assert stored == {"a": 1, "b": 3, "c": 4}
