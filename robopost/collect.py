@@ -73,9 +73,9 @@ def collect(
 ) -> CollectResult:
     """Record until the store `config.out` holds `config.episodes` episodes; an unfinished store is continued.
 
-    Episode i is reset with `seed + i` and draws its own noise from that number, so neither the number of parallel
-    environments nor an interruption changes what the script and random actions record. A sampling policy draws
-    per wave of `num_envs` episodes. Stored actions are the executed ones: after noise and clipping.
+    Episode i is reset with `seed + i` and draws its own noise from that number, so neither the number of
+    parallel environments nor an interruption changes what the script and random actions record. A sampling
+    policy draws per wave of `num_envs` episodes. Stored actions are the executed ones, noisy and clipped.
 
     Args:
         config: environment, policy, how many, where to.
@@ -84,7 +84,7 @@ def collect(
 
     Raises:
         ConfigError: the environment has no expert, or the store was recorded with other settings.
-        DataError: `out` is something else than a store, is being written by another process, or the disk is full.
+        DataError: `out` is no store, is being written by another process, or the disk is full.
     """
     if config.env is None:
         raise ConfigError("env is not chosen. Fix: add env=<name or Gymnasium id>")
@@ -115,7 +115,7 @@ def collect(
 def ensure_data(
     config: TrainConfig, folder: Path, progress: Callable[[int], None] | None = None
 ) -> TrainConfig:
-    """Record the demonstrations `data.collect` asks for into `folder`/data.zarr and point `data.path` at them."""
+    """Record what `data.collect` asks for into `folder`/data.zarr and point `data.path` at it."""
     if not config.data.collect:
         return config
     if config.env is None:

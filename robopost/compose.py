@@ -147,7 +147,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def from_dict(data: dict[str, Any]) -> TrainConfig:
-    """Rebuild a `TrainConfig` from `to_dict` output; algo, policy and env are found by their registered names.
+    """Rebuild a `TrainConfig` from `to_dict` output; pieces are found by their registered names.
 
     Raises:
         ConfigError: a name, key or type the installed version doesn't know.
@@ -203,7 +203,7 @@ def _structured(cls: type, data: dict[str, Any], where: str) -> Any:
     for key, value in data.items():
         set_value(tree, Override(str(key), value, f"{where}.{key}"))
     if "${" in str(data):  # a stored config is resolved; one from elsewhere shall not read the environment
-        raise ConfigError(f"{where} holds an interpolation '${{...}}', a stored config holds plain values only")
+        raise ConfigError(f"{where} holds an interpolation '${{...}}'; stored configs hold plain values")
     return OmegaConf.to_object(tree)
 
 
@@ -215,7 +215,7 @@ def _register(config_name: str, root: Root, dirs: Sequence[Path]) -> str:
     """
     store = ConfigStore.instance()
     store.store(name=f"{config_name}_schema", node=root.schema)
-    # Hydra looks for the root in its primary folder or in the store, not in further folders of the search path.
+    # Hydra looks for the root in its primary folder or in the store, not along the search path.
     if not (dirs[0] / f"{config_name}.yaml").exists():
         path = find_file(".", config_name, dirs)
         defaults: list[Any] = [f"{config_name}_schema", "_self_", *({group: None} for group in root.groups)]
@@ -317,7 +317,7 @@ def _explain(error: BaseException) -> str:
 
 
 def _prune_recipe(name: str, choices: dict[str, Override], dirs: Sequence[Path]) -> bool:
-    """Alternatives replace: drop the recipe's section of every group for which the user has chosen another name.
+    """Alternatives replace: drop the recipe's section of every group the user has chosen otherwise.
 
     Stores the pruned recipe under `PRUNED` and returns True when something had to go.
     """
@@ -347,7 +347,7 @@ def _prune_recipe(name: str, choices: dict[str, Override], dirs: Sequence[Path])
 
 
 def _type_group(tree: DictConfig, group: str, choice: Override | None) -> None:
-    """Check the chosen algo, policy or env against its registered dataclass, also where its file names no schema."""
+    """Check a chosen algo, policy or env against its dataclass, also where its file names no schema."""
     node = tree.get(group)
     if node is None:
         return

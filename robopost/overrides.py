@@ -53,7 +53,7 @@ def parse(overrides: Iterable[str]) -> list[Override]:
         try:
             override = parser.parse_override(text)
         except HydraException as error:
-            # Paths and ids with characters the grammar gives a meaning (spaces, parentheses) are plain strings.
+            # Paths with characters the grammar gives a meaning (spaces, parentheses) are plain strings.
             if any(mark in raw for mark in "[]{}'\"$"):
                 raise ConfigError(f"{text!r} does not parse: {first_line(error)}") from error
             parsed.append(Override(key, raw, text))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# Lower may not import higher at module level. Files directly in robopost/ that are not named here are level 0.
+# Lower may not import higher at module level.
 LEVELS = {
     "data": 1,
     "nets": 2,

@@ -32,7 +32,7 @@ def open_policy(
     """Load a policy and make the environments it is to act in, checked against each other.
 
     Args:
-        name: run folder, checkpoint, policy folder, `.npz` actor, or the id of a repository on the Hugging Face hub.
+        name: run folder, checkpoint, policy folder, `.npz` actor, or a repository id of the Hugging Face hub.
         env: config of the environment.
         num_envs: parallel copies.
         device: where the policy goes.
@@ -79,7 +79,7 @@ def local(name: str) -> Path:
 
 
 def trained_env(name: str | Path) -> EnvConfig | str | None:
-    """The environment a policy was trained in: its config, a Gymnasium id (of an npz actor's index), or None."""
+    """Where a policy was trained: a config, a Gymnasium id (of an npz actor's index), or None."""
     path = Path(name).expanduser()
     if path.suffix == ".npz":
         return index_entry(path).get("env") if path.is_file() else None

@@ -83,7 +83,7 @@ def _report(error: Exception, debug: bool) -> int:
     if isinstance(error, RobopostError):
         return error.exit_code
     _say(
-        f"unexpected {type(error).__name__}: this is a bug of robopost or of a plugin; `robopost doctor` shows versions"
+        f"unexpected {type(error).__name__}: a bug of robopost or a plugin; `robopost doctor` shows versions"
     )
     return 1
 

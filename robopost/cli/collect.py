@@ -20,8 +20,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = make_parser(
         "collect",
-        "Record episodes into a store. Episode i starts from seed + i; executed actions, final observations and\n"
-        "success are kept. An interrupted collection goes on where it stopped when the command is repeated.",
+        "Record episodes into a store. Episode i starts from seed + i; executed actions, final observations\n"
+        "and success are kept. An interrupted collection goes on when the command is repeated.",
         EXAMPLES,
         notes=f"{settings('collect')}\n\n{available(('env',))}" if {"-h", "--help"} & set(argv) else "",
     )

@@ -30,7 +30,8 @@ OPTIONS = {
     "completion": ("bash", "zsh", "fish"),
 }
 BASH = """\
-# bash completion of robopost. Install: robopost completion bash > ~/.local/share/bash-completion/completions/robopost
+# bash completion of robopost. Install:
+# robopost completion bash > ~/.local/share/bash-completion/completions/robopost
 _robopost() {
     local line="${COMP_LINE:0:COMP_POINT}" word cut
     # bash splits words at '='; the word under the cursor is what follows the last blank.
@@ -88,7 +89,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def candidates(line: str) -> list[str]:
-    """Whole words that may stand where the command line `line` ends, sorted, without the ones that don't fit."""
+    """Whole words that may stand where the command line `line` ends."""
     words = line.split()
     current = "" if not words or line[-1:].isspace() else words.pop()
     if (len(words) <= 1 and words[:1] != []) or not words:

@@ -50,7 +50,7 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="DIR",
-        help="a folder with configs of your own (algo/, env/, recipe/, ...), searched before the shipped ones",
+        help="a folder with configs of your own (algo/, env/, recipe/, ...), searched first",
     )
 
 
@@ -58,7 +58,12 @@ def console() -> Console:
     """A rich console on standard output."""
     from rich.console import Console
 
-    return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+    # Into a file or a pipe: lines as long as they need, never broken at the 80 columns of nobody's terminal.
+    return (
+        Console(highlight=False)
+        if sys.stdout.isatty()
+        else Console(highlight=False, width=160, soft_wrap=True)
+    )
 
 
 def setup_logging(*, verbose: bool = True) -> None:

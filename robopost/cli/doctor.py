@@ -30,10 +30,11 @@ EXTRAS = {
     "wandb": ("wandb", "Weights & Biases tracking"),
     "trackio": ("trackio", "trackio tracking"),
 }
-# One frame of the smallest scene, in a process of its own: a broken GL driver aborts the process it is loaded in.
+# One frame of the smallest scene, in a process of its own: a broken GL driver aborts its process.
 FRAME = """
 import mujoco
-model = mujoco.MjModel.from_xml_string('<mujoco><worldbody><light pos="0 0 3"/><geom size=".1"/></worldbody></mujoco>')
+scene = '<mujoco><worldbody><light pos="0 0 3"/><geom size=".1"/></worldbody></mujoco>'
+model = mujoco.MjModel.from_xml_string(scene)
 data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)
 with mujoco.Renderer(model, 48, 64) as renderer:

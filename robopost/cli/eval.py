@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = make_parser(
         "eval",
-        "Evaluate a policy: each episode starts from its own seed and counts once. Prints success with a Wilson\n"
-        "interval and return with a bootstrap interval, writes eval.json and, with video=N, an mp4.",
+        "Evaluate a policy: each episode starts from its own seed and counts once. Prints success with a\n"
+        "Wilson interval and return with a bootstrap interval, writes eval.json and, with video=N, an mp4.",
         EXAMPLES,
         notes=f"{settings('eval')}\n\n{available(('env',))}" if {"-h", "--help"} & set(argv) else "",
     )

@@ -7,6 +7,7 @@ import ast
 import dataclasses
 import inspect
 import io
+import re
 import textwrap
 import tokenize
 import typing
@@ -39,6 +40,7 @@ def comments(cls: type) -> dict[str, str]:
             for token in tokenize.generate_tokens(io.StringIO(source).readline)
             if token.type == tokenize.COMMENT
         }
+        found |= _attributes(inspect.getdoc(base) or "")
         body = typing.cast(ast.ClassDef, ast.parse(source).body[0]).body
         for node in body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
@@ -46,6 +48,17 @@ def comments(cls: type) -> dict[str, str]:
                 text = " ".join(notes[line] for line in lines if line in notes)
                 if text:
                     found[node.target.id] = text
+    return found
+
+
+def _attributes(doc: str) -> dict[str, str]:
+    """Field name -> text of a docstring's Attributes section."""
+    section = re.search(r"^Attributes:\n((?:[ \t]+.*\n?|\n)*)", doc, re.MULTILINE)
+    found: dict[str, str] = {}
+    for names, text in re.findall(
+        r"^ {4}([\w, ]+): ((?:.*\n?(?: {5,}.*\n?)*))", section.group(1) if section else "", re.M
+    ):
+        found |= dict.fromkeys(names.replace(" ", "").split(","), " ".join(text.split()))
     return found
 
 

@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = make_parser(
         "report",
-        "Write one self-contained HTML page: learning curves with seeds, evaluation tables with intervals, videos.",
+        "Write one self-contained HTML page: curves with seeds, tables with intervals, videos.",
         EXAMPLES,
-        notes="settings:\n  out=report.html       file to write; default: report.html in the first run folder\n"
+        notes="settings:\n  out=                  the file; default: report.html in the first run folder\n"
         "  title=                heading of the page",
     )
     parser.add_argument(

@@ -238,7 +238,7 @@ def test_killed_collection_goes_on(tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = committed(out)
-    assert 0 < done
+    assert done > 0
     assert main(words) == 0
     assert main([*words[:2], "episodes=60", f"out={tmp_path / 'whole.zarr'}", "num_envs=16"]) == 0
     with EpisodeStore.open(out) as a, EpisodeStore.open(tmp_path / "whole.zarr") as b:

@@ -135,10 +135,8 @@ def test_seeds(tmp_path, capsys):
 
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
-    code = (
-        "import sys; from robopost.cli import main; "
-        f"sys.exit(main(['train', 'recipe=debug_offpolicy', 'steps=1000000', 'loop.checkpoint_every=100', 'out={run}']))"
-    )
+    words = ["train", "recipe=debug_offpolicy", "steps=1000000", "loop.checkpoint_every=100", f"out={run}"]
+    code = f"import sys; from robopost.cli import main; sys.exit(main({words!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
