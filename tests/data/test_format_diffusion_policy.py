@@ -18,7 +18,9 @@ from robopost.errors import DataError
 
 DATA = Path(os.environ.get("ROBOPOST_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
 PUSHT = DATA / "pusht_human" / "pusht_cchi_v7_replay.zarr.zip"
-needs_pusht = pytest.mark.skipif(not PUSHT.exists(), reason=f"real data not found: {PUSHT} (ROBOPOST_TEST_DATA)")
+needs_pusht = pytest.mark.skipif(
+    not PUSHT.exists(), reason=f"real data not found: {PUSHT} (ROBOPOST_TEST_DATA)"
+)
 
 
 def buffer(path, ends=(2, 5), arrays=None):
@@ -115,7 +117,12 @@ def no_ends(path):
         ({"ends": (3, 2, 5)}, None, {}, "must rise"),
         ({}, torn_chunk, {}, "episode 0: data/action can't be read"),
         ({}, no_ends, {}, "b.zarr"),
-        ({"arrays": {"state": np.zeros((5, 1)), "action": np.zeros((4, 1))}}, None, {}, "data/action has 4 rows"),
+        (
+            {"arrays": {"state": np.zeros((5, 1)), "action": np.zeros((4, 1))}},
+            None,
+            {},
+            "data/action has 4 rows",
+        ),
         ({"arrays": {"state": np.zeros((5, 1))}}, None, {}, "no data/action"),
     ],
 )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Minari and D4RL files, written by hand with h5py, so that the layout is pinned and not only self-consistent."""
+"""Minari and D4RL files, written by hand with h5py, so that the layout itself is pinned."""
 
 import json
 

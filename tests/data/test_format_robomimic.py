@@ -28,7 +28,9 @@ def robomimic_file(path):
             demo = data.create_group(name)
             demo.attrs["num_samples"] = steps
             eef = np.arange(steps + 1, dtype=np.float64)[:, None] * [[1, 0, 0]] + [[0, 100 * number, 0.5]]
-            image = np.broadcast_to(np.arange(steps + 1, dtype=np.uint8)[:, None, None, None] * 9, (steps + 1, 12, 16, 3))
+            image = np.broadcast_to(
+                np.arange(steps + 1, dtype=np.uint8)[:, None, None, None] * 9, (steps + 1, 12, 16, 3)
+            )
             for group, rows in (("obs", slice(None, -1)), ("next_obs", slice(1, None))):
                 demo[f"{group}/robot0_eef_pos"] = eef[rows]
                 demo[f"{group}/object"] = -eef[rows, :2]
@@ -62,7 +64,9 @@ def test_read(path):
     first, second, third = source.episodes
     assert [e.metadata["demo"] for e in (first, second, third)] == ["demo_0", "demo_2", "demo_10"]
     # T + 1 observations: obs, and the last row of next_obs
-    np.testing.assert_array_equal(first.obs["robot0_eef_pos"], [[0, 0, 0.5], [1, 0, 0.5], [2, 0, 0.5], [3, 0, 0.5]])
+    np.testing.assert_array_equal(
+        first.obs["robot0_eef_pos"], [[0, 0, 0.5], [1, 0, 0.5], [2, 0, 0.5], [3, 0, 0.5]]
+    )
     np.testing.assert_array_equal(first.obs["image_agentview"][:, 0, 0, 0], [0, 9, 18, 27])
     np.testing.assert_array_equal(third.action, np.full((4, 2), 0.5))
     assert [(e.terminated, e.truncated, e.success) for e in (first, second, third)] == [

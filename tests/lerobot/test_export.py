@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stores exported as LeRobotDataset v3.0, read back by the lerobot package and by our own reader."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -48,13 +49,15 @@ def episodes():
         )
 
 
-@pytest.fixture()
+@pytest.fixture
 def store(tmp_path):
     images = {f"image_{name}": ((*SIZE, 3), "uint8") for name in ("top", "wrist")}
     obs = {"state": ((4,), "float32"), "environment_state": ((3,), "float32"), **images}
     spec = Spec(obs, 2, (-1.0, -1.0), (1.0, 1.0))
     extras = {"force": ((1,), "float32")}
-    with EpisodeStore.create(tmp_path / "store.zarr", spec=spec, fps=FPS, source="test", extras=extras) as made:
+    with EpisodeStore.create(
+        tmp_path / "store.zarr", spec=spec, fps=FPS, source="test", extras=extras
+    ) as made:
         for episode in episodes():
             made.append(episode)
     with EpisodeStore.open(tmp_path / "store.zarr") as opened:
@@ -159,4 +162,36 @@ def test_a_second_import_through_the_store_keeps_everything(store, tmp_path):
     with import_source(LeRobot.read(tmp_path / "out"), tmp_path / "back.zarr") as back:
         assert back.num_steps == store.num_steps
         assert [info["instruction"] for info in back.episode_info] == list(TASKS)
-        np.testing.assert_array_equal(back.episode(1).obs["image_top"], store.episode(1).obs["image_top"][:-1])
+        np.testing.assert_array_equal(
+            back.episode(1).obs["image_top"], store.episode(1).obs["image_top"][:-1]
+        )
+
+
+DATA = Path(os.environ.get("ROBOPOST_TEST_DATA", Path(__file__).resolve().parents[2] / "../shared/data"))
+G1 = DATA / "g1_inspire_real_lerobot_v21"
+
+
+@pytest.mark.skipif(not G1.exists(), reason=f"real data not found: {G1} (ROBOPOST_TEST_DATA)")
+def test_a_real_v21_recording_becomes_v3(tmp_path):
+    from robopost.data.convert import import_source
+
+    source = LeRobot.read(G1, video_dir="videos_128x96", episodes="29,30")
+    with import_source(source, tmp_path / "g1.zarr") as store:
+        LeRobot.write(store, tmp_path / "g1", codec="h264")
+        dataset = LeRobotDataset("local/g1", root=tmp_path / "g1", video_backend="pyav")
+        assert (dataset.num_episodes, dataset.num_frames) == (2, store.num_steps)
+        assert dataset.meta.robot_type == "Unitree_G1_Inspire"
+        assert len(dataset.features["observation.state"]["names"][0]) == 26
+        for index, episode in enumerate(store):
+            start = int(store.episode_ends[index - 1]) if index else 0
+            for step in (0, len(episode) // 2, len(episode) - 1):
+                frame = dataset[start + step]
+                np.testing.assert_array_equal(frame["observation.state"], episode.obs["state"][step])
+                np.testing.assert_array_equal(frame["action"], episode.action[step])
+                assert frame["task"] == "Pick up the yellow bottle on the table."
+                shown = frame["observation.images.cam_high"].numpy().transpose(1, 2, 0) * 255
+                assert np.abs(shown - episode.obs["image_cam_high"][step]).mean() < 6
+        for ours, wanted in zip(LeRobot.read(tmp_path / "g1").episodes, store, strict=True):
+            np.testing.assert_array_equal(ours.obs["state"], wanted.obs["state"])
+            error = np.abs(ours.obs["image_cam_high"].astype(int) - wanted.obs["image_cam_high"])
+            assert error.mean(axis=(1, 2, 3)).max() < 6

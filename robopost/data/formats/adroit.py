@@ -22,9 +22,10 @@ REQUIRED = ("observations", "actions", "rewards", "episode_ends")
 class Adroit(Format):
     """Flat npz of human Adroit demonstrations: observations, actions, rewards, episode_ends, init_*.
 
-    The environments clip actions to +-1 before they act; some recorded ones go to 1.4. Stored actions are the executed
-    ones, so they are clipped here (the share is in the metadata). The recordings end with an action, so there is no final observation, and every episode counts as cut by the end of
-    the recording. `init_<name>` (the simulator state to replay an episode from) goes into `Episode.metadata`.
+    The environments clip actions to +-1 before they act; some recorded ones go to 1.4. Stored actions are the
+    executed ones, so they are clipped here (the share is in the metadata). The recordings end with an action,
+    so there is no final observation, and every episode counts as cut by the end of the recording.
+    `init_<name>` (the simulator state to replay an episode from) goes into `Episode.metadata`.
     """
 
     @classmethod
@@ -46,7 +47,7 @@ class Adroit(Format):
         Args:
             path: the npz.
             fps: control rate; 100 Hz in the Adroit tasks (5 simulation steps of 2 ms).
-            action_limit: actions are clipped to plus and minus this, as the environment does; 0 = as recorded, unbounded.
+            action_limit: actions are clipped to plus and minus this, as in the environment; 0 = as recorded.
         """
         try:
             with np.load(path, allow_pickle=False) as file:

@@ -52,7 +52,7 @@ def as_vectors(values: np.ndarray) -> np.ndarray:
 
 
 def as_image(values: np.ndarray, where: str) -> np.ndarray:
-    """Images as uint8 0..255. Floating point images may hold 0..255 or 0..1, told apart by their largest value."""
+    """Images as uint8 0..255. Floats may hold 0..255 or 0..1, told apart by the largest value."""
     if values.dtype == np.uint8:
         return values
     if not np.issubdtype(values.dtype, np.floating):
@@ -146,7 +146,9 @@ def open_h5(path: Path) -> Iterator[Any]:
 def member(group: Any, name: str) -> Any:
     """`group[name]` of an HDF5 file; absent raises DataError."""
     if name not in group:
-        raise DataError(f"{group.file.filename}: {group.name} lacks {name!r}. Fix: copy it again or re-record it")
+        raise DataError(
+            f"{group.file.filename}: {group.name} lacks {name!r}. Fix: copy it again or re-record it"
+        )
     return group[name]
 
 
@@ -161,7 +163,7 @@ def h5_leaves(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def h5_extras(node: Any, names: Sequence[str]) -> dict[str, KeySpec]:
-    """Declare the members `names` of a group of per-step arrays (None = there is no such group) as float32 extras."""
+    """Declare the members `names` of a group of per-step arrays (None = no such group) as float32 extras."""
     available = h5_leaves(node) if node is not None else {}
     for name in names:
         if name not in available:

@@ -31,11 +31,12 @@ JUMP = 1e-6  # observations further apart than this don't follow each other
 
 @FORMATS.register("d4rl")
 class D4RL(Format):
-    """D4RL-style flat HDF5: observations, actions, rewards, terminals, timeouts, perhaps next_observations and infos.
+    """D4RL-style flat HDF5: observations, actions, rewards, terminals, timeouts, next_observations, infos.
 
-    An episode ends at `terminals` (terminated) or `timeouts` (truncated). Without `timeouts`, cuts are found where
-    `next_observations` and the next row differ; without both, only at `terminals`, which may join cut episodes (the
-    metadata says which it was). The final observation comes from `next_observations`; files without have none.
+    An episode ends at `terminals` (terminated) or `timeouts` (truncated). Without `timeouts`, cuts are found
+    where `next_observations` and the next row differ; without both, only at `terminals`, which may join cut
+    episodes (the metadata says which it was). The final observation comes from `next_observations`; files
+    without have none.
     """
 
     @classmethod

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Replay buffers of diffusion_policy: zarr v2 groups `data` and `meta/episode_ends`, as a folder or zipped."""
+"""Replay buffers of diffusion_policy: zarr v2 groups `data` and `meta/episode_ends`, folder or zip."""
 
 from __future__ import annotations
 
@@ -36,10 +36,11 @@ WHOLE_BYTES = 64 << 20
 class DiffusionPolicy(Format):
     """Replay buffer of diffusion_policy (zarr v2, folder or .zarr.zip), e.g. the Push-T human set.
 
-    `data/img` becomes `image` (uint8), `data/<camera>_image` becomes `image_<camera>`, other arrays keep their names.
-    Push-T (`state` 5, `keypoint` 9x2, `action` 2) is recognised: `keypoint` becomes 20 numbers, the nine points
-    flattened and then the agent's position; `n_contacts` goes to the extras; bounds are 0..512 and the rate 10 Hz.
-    The set holds neither rewards (zeros, said in the metadata) nor a final observation.
+    `data/img` becomes `image` (uint8), `data/<camera>_image` becomes `image_<camera>`, other arrays keep
+    their names. Push-T (`state` 5, `keypoint` 9x2, `action` 2) is recognised: `keypoint` becomes 20 numbers,
+    the nine points flattened and then the agent's position; `n_contacts` goes to the extras; bounds are
+    0..512 and the rate 10 Hz. The set holds neither rewards (zeros, said in the metadata) nor a final
+    observation.
     """
 
     can_write: ClassVar[bool] = True
@@ -61,8 +62,8 @@ class DiffusionPolicy(Format):
 
         Args:
             path: folder or zip.
-            keys: observation keys to take, e.g. `"state,keypoint"`. Default: all but images, which are large; if there
-                are only images, those.
+            keys: observation keys to take, e.g. `"state,keypoint"`. Default: all but images, which are large;
+                if there are only images, those.
             fps: steps per second, which the format doesn't store; default 10 for Push-T, else 0 (unknown).
         """
         with _open(path) as group:
@@ -221,7 +222,7 @@ def _ends(group: zarr.Group, path: Path) -> np.ndarray:
 
 
 class _Columns:
-    """Rows of the arrays under `data`. Small arrays are read once: a zarr read costs milliseconds whatever its size."""
+    """Rows of the arrays under `data`; small ones are read once, since any zarr read costs milliseconds."""
 
     def __init__(self, group: zarr.Group) -> None:
         self._data: Any = group["data"]
@@ -237,4 +238,6 @@ class _Columns:
                         self._arrays[name] = array[:]
             return np.asarray(self._arrays[name][rows])
         except Exception as error:  # every codec raises its own kind
-            raise DataError(f"{where}: data/{name} can't be read ({type(error).__name__}: {error})") from error
+            raise DataError(
+                f"{where}: data/{name} can't be read ({type(error).__name__}: {error})"
+            ) from error

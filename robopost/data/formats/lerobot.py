@@ -43,8 +43,8 @@ class LeRobot(Format):
 
     `observation.state` becomes `state`, `observation.images.<camera>` becomes `image_<camera>`, another
     `observation.<name>` becomes `<name>`; the task becomes the instruction; `next.reward`, `next.done` and
-    `next.success` become reward, terminated and success (without them: zeros, and cut by the end of the recording).
-    Further numbers per frame become extras. There is no final observation.
+    `next.success` become reward, terminated and success (without them: zeros, and cut by the end of the
+    recording). Further numbers per frame become extras. There is no final observation.
     """
 
     can_write: ClassVar[bool] = True
@@ -126,9 +126,9 @@ class LeRobot(Format):
     ) -> None:
         """Export as LeRobotDataset v3.0 through the lerobot package.
 
-        It runs here when lerobot is installed beside robopost, otherwise in the interpreter named by `python` or
-        `$ROBOPOST_LEROBOT_PYTHON` (an environment that has lerobot; robopost is not needed there). Final observations
-        have no place in the format and are left out.
+        It runs here when lerobot is installed beside robopost, otherwise in the interpreter named by `python`
+        or `$ROBOPOST_LEROBOT_PYTHON` (an environment that has lerobot; robopost is not needed there). Final
+        observations have no place in the format and are left out.
 
         Args:
             store: what to export.
@@ -146,7 +146,7 @@ class LeRobot(Format):
 
     @classmethod
     def verify(cls, path: Path, **options: Any) -> list[Problem]:
-        """Check tables and videos: missing, torn, short, of another size or rate than declared, misnumbered."""
+        """Check tables and videos: missing, torn, short, misnumbered, of another size or rate."""
         from robopost.data.formats.lerobot_verify import verify
 
         return verify(cls, path, options)
@@ -172,7 +172,7 @@ class _Reader:
         wanted = choose("observation key", keys, obs)
         self.vectors: dict[str, str] = {key: obs[key] for key in wanted}
         rest = {obs_key(n): n for n in numeric if n not in known and not n.startswith("observation.")}
-        present = read_schema(meta.episodes[0].table)
+        present = _columns_of(meta)
         self.more = {key: name for key, name in rest.items() if name in present}
         pictures = [name for name in views.values() if not meta.is_video(name)]
         needed = {"action", *BOOKKEEPING, *FLAGS, *self.vectors.values(), *self.more.values(), *pictures}
@@ -266,7 +266,7 @@ class _Reader:
 
 
 class _Episodes:
-    """Reads lazily. Its iterator goes on after a bad episode (as `map` does), so that a check can list all of them."""
+    """Reads lazily. Its iterator goes on after a bad episode, so that a check can list all of them."""
 
     def __init__(self, reader: _Reader, files: Sequence[EpisodeFiles]) -> None:
         self.reader, self.files = reader, files
@@ -276,6 +276,17 @@ class _Episodes:
 
     def __len__(self) -> int:
         return len(self.files)
+
+
+def _columns_of(meta: LeRobotMeta) -> list[str]:
+    """Columns of the first table that opens; the reading of the others finds out what is wrong with them."""
+    failure: DataError | None = None
+    for table in dict.fromkeys(item.table for item in meta.episodes):
+        try:
+            return read_schema(table)
+        except DataError as error:
+            failure = failure or error
+    raise failure or DataError(f"{meta.root} has no tables")
 
 
 def vector_key(feature: str) -> str:
@@ -312,7 +323,7 @@ def pick(items: list[EpisodeFiles], episodes: Names) -> list[EpisodeFiles]:
 
 
 def views_of(meta: LeRobotMeta, cameras: Names) -> dict[str, str]:
-    """Observation key -> feature of the chosen cameras; `"all"`, `"none"`, or names with or without `image_`."""
+    """Observation key -> feature of the cameras: `"all"`, `"none"`, or names with or without `image_`."""
     names = as_names(cameras)
     if names == [NONE]:
         return {}
@@ -350,7 +361,7 @@ def _missing_text(path: Path, lacking: dict[str, list[int]], count: int) -> str:
         parts.append(f"{key} of {len(numbers)} of {count} episodes ({listed})")
     return (
         f"missing video in {path}: {'; '.join(parts)}. "
-        "Fix: missing_video=skip leaves these episodes out, cameras=none (or naming others) leaves the video out"
+        "Fix: missing_video=skip leaves these episodes out, cameras=none (or naming others) the video"
     )
 
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writes a LeRobotDataset v3.0 through the lerobot package; needs nothing else of robopost.
 
-Run as a script in an environment that has lerobot, it reads a header and episodes from standard input, in the form
-that `send_header` and `send_episode` write: JSON lines, each followed by the bytes of the arrays it declares.
+Run as a script in an environment that has lerobot, it reads a header and episodes from standard input, in the
+form that `send_header` and `send_episode` write: JSON lines, each followed by the bytes of the arrays it
+declares.
 """
 
 from __future__ import annotations
@@ -55,21 +56,24 @@ def export(header: dict[str, Any], episodes: Iterable[tuple[str, Arrays]], root:
     """Write the dataset into the new folder `root`.
 
     Args:
-        header: `repo_id`, `fps`, `robot`, `codec`, `video` and `features` (LeRobot's declarations, each with the
-            `source` array it is filled from).
+        header: `repo_id`, `fps`, `robot`, `codec`, `video` and `features` (LeRobot's declarations, each with
+            the `source` array it is filled from).
         episodes: task and per-step arrays of each episode.
         root: must not exist.
     """
-    dataset_class = importlib.import_module("lerobot.datasets.lerobot_dataset").LeRobotDataset
+    module = importlib.import_module("lerobot.datasets.lerobot_dataset")
+    version = str(module.CODEBASE_VERSION)
+    if not version.startswith("v3"):
+        raise RuntimeError(f"this lerobot writes {version}, v3.0 needs lerobot 0.4 or newer")
+    dataset_class = module.LeRobotDataset
     sources = {name: feature["source"] for name, feature in header["features"].items()}
     features = {
         name: {"dtype": item["dtype"], "shape": tuple(item["shape"]), "names": item["names"]}
         for name, item in header["features"].items()
     }
     pictures = any(item["dtype"] in ("video", "image") for item in features.values())
-    options = (
-        {"vcodec": header["codec"]} if "vcodec" in inspect.signature(dataset_class.create).parameters else {}
-    )
+    options = _accepted(dataset_class.create, vcodec=header["codec"])
+    saving = _accepted(dataset_class.save_episode, parallel_encoding=False)
     dataset = dataset_class.create(
         repo_id=header["repo_id"],
         fps=header["fps"],
@@ -87,11 +91,17 @@ def export(header: dict[str, Any], episodes: Iterable[tuple[str, Arrays]], root:
                 for name, source in sources.items():
                     frame[name] = np.asarray(arrays[source][step]).reshape(features[name]["shape"])
                 dataset.add_frame(frame)
-            dataset.save_episode(parallel_encoding=False)
+            dataset.save_episode(**saving)
     finally:
         if getattr(dataset, "image_writer", None) is not None:
             dataset.stop_image_writer()
         dataset.finalize()
+
+
+def _accepted(method: Any, **options: Any) -> dict[str, Any]:
+    """Those of `options` that `method` knows; they come and go between releases."""
+    known = inspect.signature(method).parameters
+    return {name: value for name, value in options.items() if name in known}
 
 
 def main() -> None:

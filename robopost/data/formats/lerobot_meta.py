@@ -80,7 +80,7 @@ class LeRobotMeta:
         return self.features[feature].get("dtype") == "video"
 
     def size(self, feature: str) -> tuple[int, int]:
-        """Declared (height, width) of a camera; names say which axis is which, and some put channels first."""
+        """Declared (height, width) of a camera; some sets put channels first, and their names say so."""
         shape = [int(v) for v in self.features[feature]["shape"]]
         names = self.features[feature].get("names") or []
         channels_first = names[:1] in (["channel"], ["channels"]) or (shape[0] in (1, 3) and shape[2] > 4)
@@ -109,7 +109,8 @@ def read_meta(root: Path, video_dir: str = "") -> LeRobotMeta:
 
     Args:
         root: dataset folder.
-        video_dir: folder to take the videos from instead of the declared one (`videos`), e.g. a set of smaller copies.
+        video_dir: folder to take the videos from instead of the declared one (`videos`), e.g. a set of
+            smaller copies.
 
     Raises:
         DataError: not a LeRobotDataset, an unknown version, or torn metadata.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What only a reader of LeRobot's own files can find: absent and short videos, misnumbered frames, false totals."""
+"""What only a reader of LeRobot's own files can find: absent and short videos, wrong numbers and totals."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ def _videos(
 ) -> list[Problem]:
     absent = [item for item in episodes if not item.videos[feature].path.is_file()]
     if len(absent) == len(episodes):
-        what = f"missing video: none of the {len(episodes)} episodes has one, e.g. {_short(meta, absent[0], feature)}"
+        example = _short(meta, absent[0], feature)
+        what = f"missing video: none of the {len(episodes)} episodes has one, e.g. {example}"
         return [Problem(f"key {key!r}", what, "name the other cameras with cameras=, or cameras=none")]
     problems = [
         Problem(

@@ -45,8 +45,8 @@ def export(
     python = python or os.environ.get(PYTHON_VARIABLE, "")
     if not python and importlib.util.find_spec("lerobot") is None:
         raise MissingExtraError(
-            "lerobot is not installed. Fix: pip install 'robopost[lerobot]', or name the interpreter of an environment "
-            f"that has it with python=<path> or {PYTHON_VARIABLE}"
+            "lerobot is not installed. Fix: pip install 'robopost[lerobot]', or name the interpreter of "
+            f"an environment that has it with -o python=<path> or {PYTHON_VARIABLE}"
         )
     header = _header(store, path, repo_id, video, codec, robot, fps)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -68,7 +68,7 @@ def _header(
     rate = fps or store.fps
     if rate <= 0 or rate != int(rate):
         raise DataError(
-            f"the store runs at {store.fps} steps/s, LeRobot needs a whole number. Fix: fps=<number>"
+            f"the store runs at {store.fps} steps/s, LeRobot needs a whole number. Fix: -o fps=<number>"
         )
     names = store.metadata.get("names", {})
     features: dict[str, dict[str, Any]] = {}
@@ -122,7 +122,7 @@ def _check_video(key: str, shape: tuple[int, ...], video: bool) -> None:
         raise DataError(f"{key} has {channels} channels, LeRobot cameras have 3")
     if video and (min(height, width) < 64 or height % 2 or width % 2):
         raise DataError(
-            f"{key} is {height}x{width}: encoders need at least 64x64 and even sides. Fix: video=false"
+            f"{key} is {height}x{width}: encoders need at least 64x64 and even sides. Fix: -o video=false"
         )
 
 
@@ -161,7 +161,7 @@ def _elsewhere(python: str, header: dict[str, Any], store: EpisodeStore, partial
             )
         except OSError as error:
             raise MissingExtraError(
-                f"python={python!r} does not start ({error.strerror}). Fix: name an interpreter"
+                f"python={python!r} does not start ({error.strerror}). Fix: -o python=<interpreter>"
             ) from error
         pipe = cast("BinaryIO", process.stdin)
         try:

@@ -100,8 +100,9 @@ class Minari(Format):
     def write(cls, store: EpisodeStore, path: Path, *, dataset_id: str = "", author: str = "") -> None:
         """Export to `path/data/{main_data.hdf5,metadata.json}`, where Minari looks for it.
 
-        Minari needs the observation after the last action. For an episode without one, the last observation is
-        repeated when it terminated (nothing bootstraps from it) and the last step is dropped when it was cut.
+        Minari needs the observation after the last action. For an episode without one, the last observation
+        is repeated when it terminated (nothing bootstraps from it) and the last step is dropped when it was
+        cut.
 
         Args:
             store: what to export.
@@ -211,7 +212,8 @@ def _read(main: Path, infos: list[str], action_limit: float) -> EpisodeSource:
                     action=as_vectors(member(group, "actions")[:]).reshape(steps, -1),
                     reward=as_vectors(member(group, "rewards")[:])[:, 0],
                     terminated=bool(member(group, "terminations")[-1]) if steps else False,
-                    truncated=bool(member(group, "truncations")[-1]) or not bool(member(group, "terminations")[-1])
+                    truncated=bool(member(group, "truncations")[-1])
+                    or not bool(member(group, "terminations")[-1])
                     if steps
                     else True,
                     success=bool(np.any(success[:])) if success is not None else None,

@@ -42,9 +42,9 @@ GYM_TYPE = 2  # robomimic.envs.env_base.EnvType.GYM_TYPE
 class Robomimic(Format):
     """robomimic HDF5 demonstrations.
 
-    `<camera>_image` becomes `image_<camera>`, other observations keep their names. The final observation is the last
-    row of `next_obs`. `dones[-1]` says terminated. `states` (simulator states) become an extra, `ep_meta.lang` the
-    instruction, `mask` filters a list in the episode's metadata.
+    `<camera>_image` becomes `image_<camera>`, other observations keep their names. The final observation is
+    the last row of `next_obs`. `dones[-1]` says terminated. `states` (simulator states) become an extra,
+    `ep_meta.lang` the instruction, `mask` filters a list in the episode's metadata.
     """
 
     can_write: ClassVar[bool] = True
@@ -159,15 +159,15 @@ class Robomimic(Format):
     def write(cls, store: EpisodeStore, path: Path, *, env_name: str = "", valid: float = 0.0) -> None:
         """Export to one HDF5 file.
 
-        `next_obs` is written when every episode has a final observation, which robomimic's offline RL needs; its
-        behaviour cloning doesn't.
+        `next_obs` is written when every episode has a final observation, which robomimic's offline RL needs;
+        its behaviour cloning doesn't.
 
         Args:
             store: what to export.
             path: the file.
             env_name: Gymnasium id for `env_args`, when the store doesn't come from robomimic.
-            valid: share of episodes in the filter `mask/valid` (the last ones), the others go to `mask/train`;
-                0 = filters as they were imported.
+            valid: share of episodes in the filter `mask/valid` (the last ones), the others go to
+                `mask/train`; 0 = filters as they were imported.
         """
         if not 0 <= valid < 1:
             raise DataError(f"valid={valid} must be at least 0 and below 1")

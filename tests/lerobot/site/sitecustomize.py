@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lets torchvision's CUDA wheel import beside a CPU torch. Tests only: put this folder on PYTHONPATH.
 
-The wheel's compiled operators do not load there, and torchvision fails on `torchvision::nms`, which it registers a
-fake kernel for. Declaring the two schemas is enough to import it; the operators themselves stay uncallable, and
-datasets call none of them.
+The wheel's compiled operators do not load there, and torchvision fails on `torchvision::nms`, which it
+registers a fake kernel for. Declaring the two schemas is enough to import it; the operators themselves stay
+uncallable, and datasets call none of them.
 """
 
 import importlib.abc
