@@ -67,7 +67,9 @@ def run_demo(config: DemoConfig, say: Say = lambda text: None) -> dict[str, Any]
     stage("cloning a flow policy", lambda: _finished(base, clone), lambda: _train(clone, base))
     tune = ["recipe=arm_push/residual_td3", f"policy.base={base}", f"seed={config.seed}"]
     tune += [f"loop.steps={config.finetune_steps}"] if config.finetune_steps else []
-    stage("fine-tuning by reinforcement learning", lambda: _finished(tuned, tune), lambda: _train(tune, tuned))
+    stage(
+        "fine-tuning by reinforcement learning", lambda: _finished(tuned, tune), lambda: _train(tune, tuned)
+    )
 
     results: dict[str, EvalResult] = {}
     for name, run in (("before", base), ("after", tuned)):
@@ -111,7 +113,8 @@ def _evaluate(config: DemoConfig, run: Path) -> EvalResult:
 
 def _summary(config: DemoConfig, results: dict[str, EvalResult], seconds: dict[str, float]) -> dict[str, Any]:
     before, after = results["before"].success(), results["after"].success()
-    assert before is not None and after is not None, "arm_push has a success predicate"
+    assert before is not None, "arm_push has a success predicate"
+    assert after is not None, "arm_push has a success predicate"
     return {
         "config": asdict(config),
         "before": results["before"].to_json(),
@@ -141,7 +144,9 @@ def _check_same(config: DemoConfig, path: Path) -> None:
     """A folder belongs to one demo config: stages of different sizes must not be mixed."""
     wanted = {key: value for key, value in asdict(config).items() if key != "out"}
     if path.exists() and json.loads(path.read_text()) != wanted:
-        raise ConfigError(f"{path.parent} holds a demo with other settings. Fix: out=<another folder>, or delete it")
+        raise ConfigError(
+            f"{path.parent} holds a demo with other settings. Fix: out=<another folder>, or delete it"
+        )
     path.write_text(json.dumps(wanted, indent=1))
 
 

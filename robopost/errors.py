@@ -41,7 +41,9 @@ def nearest(name: str, options: Iterable[str]) -> str:
     return f" Did you mean {match[0]!r}?" if match else ""
 
 
-def unknown(kind: str, name: str, options: Iterable[str], error: type[RobopostError] = ConfigError) -> RobopostError:
+def unknown(
+    kind: str, name: str, options: Iterable[str], error: type[RobopostError] = ConfigError
+) -> RobopostError:
     """Build the error for an unknown `name` of a `kind`, with the nearest match and the list."""
     listed = sorted(options)
     return error(f"unknown {kind} {name!r}.{nearest(name, listed)} Available: {', '.join(listed) or 'none'}")

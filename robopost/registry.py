@@ -42,7 +42,9 @@ class Registry:
         def add(target: T) -> T:
             present = self._entries.get(name)
             if present is not None and present.target.__qualname__ != target.__qualname__:  # type: ignore[attr-defined]
-                raise ConfigError(f"{self.kind} {name!r} is registered twice: {present.target!r} and {target!r}")
+                raise ConfigError(
+                    f"{self.kind} {name!r} is registered twice: {present.target!r} and {target!r}"
+                )
             doc = (getattr(target, "__doc__", None) or "").strip()
             self._entries[name] = Entry(name, target, config, doc.splitlines()[0] if doc else "")
             return target

@@ -92,10 +92,14 @@ class VecEnv:
         true_next = self._final(obs, info, done) if done.any() else obs
         self._check("observation", true_next)
         if not np.isfinite(reward).all():
-            raise EnvError(f"reward is {reward[~np.isfinite(reward)][0]} in environment {_first(~np.isfinite(reward))}")
+            raise EnvError(
+                f"reward is {reward[~np.isfinite(reward)][0]} in environment {_first(~np.isfinite(reward))}"
+            )
         next_obs = true_next
         if self.history > 1:
-            rolled = {key: np.concatenate([self._stack[key][:, 1:], true_next[key][:, None]], 1) for key in obs}
+            rolled = {
+                key: np.concatenate([self._stack[key][:, 1:], true_next[key][:, None]], 1) for key in obs
+            }
             next_obs = rolled
             self._stack = rolled
             if done.any():
@@ -129,7 +133,9 @@ class VecEnv:
             frames = self.env.render()
             frames = frames if indices is None or frames is None else [frames[i] for i in indices]
         if frames is None:
-            raise EnvError("the environment was made without a render mode. Fix: make it with render='rgb_array'")
+            raise EnvError(
+                "the environment was made without a render mode. Fix: make it with render='rgb_array'"
+            )
         return list(frames)
 
     def close(self) -> None:
@@ -151,7 +157,9 @@ class VecEnv:
     def _final(self, obs: Arrays, info: dict[str, Any], done: np.ndarray) -> Arrays:
         """Replace the rows of ended episodes by the observation before the automatic reset."""
         if "final_obs" not in info:
-            raise EnvError("an episode ended and info has no 'final_obs': the environment breaks SAME_STEP autoreset")
+            raise EnvError(
+                "an episode ended and info has no 'final_obs': the environment breaks SAME_STEP autoreset"
+            )
         final = info["final_obs"]
         out = {key: value.copy() for key, value in obs.items()}
         if isinstance(final, dict):
@@ -186,7 +194,9 @@ def make_spec(obs_space: gym.Space, action_space: gym.Space, max_steps: int = 0)
     obs: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, space in spaces.items():
         if not isinstance(space, gym.spaces.Box):
-            raise EnvError(f"observation {key!r} is a {space}: robopost needs Box observations or a flat Dict of them")
+            raise EnvError(
+                f"observation {key!r} is a {space}: robopost needs Box observations or a flat Dict of them"
+            )
         dtype = "float32" if space.dtype.kind == "f" else str(space.dtype)  # type: ignore[union-attr]
         obs[key] = (tuple(space.shape), dtype)
     low = tuple(float(v) for v in action_space.low)

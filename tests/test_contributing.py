@@ -20,7 +20,9 @@ RUN = "import rtg_bc, sys; from robopost.cli import main; sys.exit(main(sys.argv
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("contributing")
-    for body in re.findall(r"```(?:python|yaml)\n(# file: .*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL):
+    for body in re.findall(
+        r"```(?:python|yaml)\n(# file: .*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+    ):
         name = body.splitlines()[0].removeprefix("# file: ").strip()
         target = folder / ("configs/algo" if name.endswith(".yaml") else ".") / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -31,17 +33,28 @@ def place(tmp_path_factory):
         for _ in range(4):
             state = rng.normal(size=(11, 2)).astype(np.float32)
             action = rng.uniform(-1, 1, (10, 1)).astype(np.float32)
-            store.append(Episode({"state": state}, action, rng.normal(size=10).astype(np.float32), False, True))
+            store.append(
+                Episode({"state": state}, action, rng.normal(size=10).astype(np.float32), False, True)
+            )
     return folder
 
 
 def python(place, *words):
     env = {**os.environ, "PYTHONPATH": str(place), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, *words], cwd=place, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *words], cwd=place, env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 def test_three_files_are_enough_to_train(place):
-    words = ["--config-dir", "configs", "algo=rtg_bc", "policy=deterministic", "data.path=toy.zarr", "env=null"]
+    words = [
+        "--config-dir",
+        "configs",
+        "algo=rtg_bc",
+        "policy=deterministic",
+        "data.path=toy.zarr",
+        "env=null",
+    ]
     done = python(place, "-c", RUN, "train", *words, "loop.steps=20", "loop.log_every=10", "out=run")
     assert done.returncode == 0, done.stderr
     assert (place / "run" / "checkpoints" / "LATEST").exists()
@@ -49,7 +62,14 @@ def test_three_files_are_enough_to_train(place):
 
 
 def test_bad_value_is_one_line(place):
-    words = ["--config-dir", "configs", "algo=rtg_bc", "algo.temperature=0", "policy=deterministic", "env=null"]
+    words = [
+        "--config-dir",
+        "configs",
+        "algo=rtg_bc",
+        "algo.temperature=0",
+        "policy=deterministic",
+        "env=null",
+    ]
     done = python(place, "-c", RUN, "train", *words, "data.path=toy.zarr")
     assert done.returncode != 0
     assert done.stderr.strip().splitlines() == ["error: algo.temperature=0.0 must be above 0"]

@@ -63,7 +63,11 @@ def test_history_repeats_the_first_observation_and_never_crosses_episodes():
 
 
 def test_nan_names_key_and_environment():
-    env = VecEnv(SyncVectorEnv([lambda: Counter(9), lambda: Counter(9, nan_at=2)], autoreset_mode=AutoresetMode.SAME_STEP))
+    env = VecEnv(
+        SyncVectorEnv(
+            [lambda: Counter(9), lambda: Counter(9, nan_at=2)], autoreset_mode=AutoresetMode.SAME_STEP
+        )
+    )
     env.reset(0)
     env.step(np.zeros((2, 1), np.float32))
     with pytest.raises(EnvError, match="'state' holds NaN or infinity in environment 1"):

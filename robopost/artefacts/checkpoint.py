@@ -45,7 +45,9 @@ def save_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
                 if any(isinstance(value, np.ndarray) for value in content.values()):
                     save_arrays({key: np.ascontiguousarray(value) for key, value in content.items()}, path)
                 else:
-                    save_file({k: value.detach().cpu().contiguous().clone() for k, value in content.items()}, path)
+                    save_file(
+                        {k: value.detach().cpu().contiguous().clone() for k, value in content.items()}, path
+                    )
             else:
                 path.write_text(json.dumps(content, indent=1, sort_keys=True))
             _sync(path)
@@ -58,7 +60,9 @@ def save_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
         full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error).lower()
         reason = "the disk is full" if full else str(error)
-        raise RobopostError(f"can't write {folder}: {reason}. The previous checkpoint is untouched") from error
+        raise RobopostError(
+            f"can't write {folder}: {reason}. The previous checkpoint is untouched"
+        ) from error
 
 
 def save_checkpoint(
@@ -144,7 +148,9 @@ def find_policy(path: str | Path) -> Path:
             return candidate
     if not path.exists():
         raise CheckpointError(f"no policy at {path}: it does not exist")
-    raise CheckpointError(f"no policy at {path}: expected a run folder with checkpoints/, or a folder with policy.json")
+    raise CheckpointError(
+        f"no policy at {path}: expected a run folder with checkpoints/, or a folder with policy.json"
+    )
 
 
 def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
@@ -162,7 +168,9 @@ def load_policy(path: str | Path, device: torch.device | str = "cpu") -> Policy:
     folder = find_policy(path)
     meta = load_json(folder / "policy.json")
     if meta.get("format") != FORMAT:
-        raise CheckpointError(f"{folder / 'policy.json'}: format {meta.get('format')!r}, this version reads {FORMAT}")
+        raise CheckpointError(
+            f"{folder / 'policy.json'}: format {meta.get('format')!r}, this version reads {FORMAT}"
+        )
     spec = Spec.from_json(meta["spec"])
     policy: Policy = POLICIES.get(meta["name"]).target(policy_config_from_dict(meta["config"]), spec)
     tensors = load_tensors(folder / "policy.safetensors")

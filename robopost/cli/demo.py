@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from robopost.cli.console import add_overrides, console, make_parser, setup_logging
 from robopost.cli.notes import settings
 
-EXAMPLES = ("robopost demo", "robopost demo out=runs/demo_1 seed=1", "robopost demo out=/tmp/quick finetune_steps=4000")
+EXAMPLES = (
+    "robopost demo",
+    "robopost demo out=runs/demo_1 seed=1",
+    "robopost demo out=/tmp/quick finetune_steps=4000",
+)
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command."""
     parser = make_parser(
         "demo",
-        "Records imperfect demonstrations of a scripted expert on arm_push, clones a flow policy from them, improves it\n"
-        "by reinforcement learning on real physics, evaluates both on the same start states, and writes an HTML report\n"
-        "with a side-by-side video. Interrupted, the same command goes on with the stage it stopped in.",
+        "Records imperfect demonstrations of a scripted expert on arm_push, clones a flow policy from them,\n"
+        "improves it by reinforcement learning on real physics, evaluates both on the same start states,\n"
+        "and writes an HTML report with a side-by-side video. Interrupted, the same command goes on with the stage it stopped in.",
         EXAMPLES,
         notes=settings("demo") if {"-h", "--help"} & set(argv) else "",
     )
@@ -38,7 +42,9 @@ def main(argv: Sequence[str]) -> int:
         raise KeyboardInterrupt(f"resume with: robopost demo {shlex.join(argv)}") from None
     for name in ("before", "after"):
         success = Interval(**summary[name]["success"])
-        out.print(f"{name:<7} success {success.text(percent=True)} of {config.eval_episodes} episodes", markup=False)
+        out.print(
+            f"{name:<7} success {success.text(percent=True)} of {config.eval_episodes} episodes", markup=False
+        )
     out.print(f"gain    {100 * summary['gain']:+.0f} points in {summary['wall_seconds']:.0f} s", markup=False)
     out.print(f"report  {config.out}/report.html", markup=False)
     if config.video_episodes:

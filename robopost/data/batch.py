@@ -41,7 +41,11 @@ class Spec:
         """Rebuild a Spec from `to_json` output."""
         obs = {key: (tuple(shape), dtype) for key, (shape, dtype) in data["obs"].items()}
         return cls(
-            obs, data["action_dim"], tuple(data["action_low"]), tuple(data["action_high"]), data.get("max_steps", 0)
+            obs,
+            data["action_dim"],
+            tuple(data["action_low"]),
+            tuple(data["action_high"]),
+            data.get("max_steps", 0),
         )
 
     @property
@@ -124,5 +128,7 @@ def concat(first: Batch, second: Batch) -> Batch:
         elif a is None and b is None:
             joined[item.name] = None
         else:
-            raise DataError(f"cannot join batches: field {item.name!r} is present or keyed differently in one of them")
+            raise DataError(
+                f"cannot join batches: field {item.name!r} is present or keyed differently in one of them"
+            )
     return Batch(**joined)

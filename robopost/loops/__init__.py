@@ -36,7 +36,9 @@ def train(config: TrainConfig, command: str = "") -> Path:
         RobopostError: bad data, a misbehaving environment, divergence, a full disk.
     """
     if config.algo is None or config.policy is None:
-        raise ConfigError("a run needs algo and policy. Fix: robopost train algo=<name> policy=<name> env=<name>")
+        raise ConfigError(
+            "a run needs algo and policy. Fix: robopost train algo=<name> policy=<name> env=<name>"
+        )
     if config.seeds < 1:
         raise ConfigError(f"seeds={config.seeds} must be at least 1")
     if config.accel.threads:
@@ -45,7 +47,9 @@ def train(config: TrainConfig, command: str = "") -> Path:
         raise ConfigError(f"resume={config.resume!r} is not a run folder")
     folder = Path(config.resume or config.out or default_folder(config))
     if not config.resume and (folder / "config.json").exists():
-        raise ConfigError(f"out={folder} already holds a run. Fix: resume={folder} to go on with it, or another out=")
+        raise ConfigError(
+            f"out={folder} already holds a run. Fix: resume={folder} to go on with it, or another out="
+        )
     # algo.needs may depend on the built algorithm; the regime doesn't, and picks the loop before anything is built.
     loop = LOOPS[ALGOS.get(config.algo.name).target.regime]
     seeds = range(config.seed, config.seed + config.seeds)

@@ -86,7 +86,9 @@ class Collector:
         return True
 
     def _reset(self) -> None:
-        self.obs = self.env.reset(seed=stream_seed(self.run.config.seed, ENV_STREAM + 1000 * self._resets) % 2**31)
+        self.obs = self.env.reset(
+            seed=stream_seed(self.run.config.seed, ENV_STREAM + 1000 * self._resets) % 2**31
+        )
         self._return[:] = 0.0
         self._length[:] = 0
         self._success[:] = False

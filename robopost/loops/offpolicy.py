@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from robopost.algos.base import Algorithm
 from robopost.data.buffer import ReplayBuffer
@@ -26,7 +25,9 @@ def run_offpolicy(run: Run) -> None:
     try:
         demos = Dataset.load(config.data, device=run.device) if config.data.path else None
         algo = run.build(
-            env.spec, demos.stats if demos is not None else None, demos.dataset_id if demos is not None else "env"
+            env.spec,
+            demos.stats if demos is not None else None,
+            demos.dataset_id if demos is not None else "env",
         )
         needs, policy = algo.needs, algo.policy
         if needs.demo_fraction > 0 and demos is None:
@@ -35,7 +36,9 @@ def run_offpolicy(run: Run) -> None:
                 "Fix: data.path=<store> or algo.demo_fraction=0"
             )
         if not policy.spec.bounded:
-            raise ConfigError(f"algo={config.algo.name} needs bounded actions; {config.env.name} has infinite bounds")
+            raise ConfigError(
+                f"algo={config.algo.name} needs bounded actions; {config.env.name} has infinite bounds"
+            )
         if policy.wraps_env:
             env = policy.wrap_env(env)
         collector = Collector(env, run)
@@ -97,4 +100,3 @@ def _explore(run: Run, algo: Algorithm, collector: Collector) -> np.ndarray:
     else:
         action = algo.explore(obs, generator)
     return action.cpu().numpy()
-

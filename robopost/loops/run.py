@@ -101,7 +101,9 @@ class Run:
             config.algo, policy, policy.spec, device=self.device, generator=self.generators["algo"]
         )
         size = sum(parameter.numel() for parameter in policy.parameters())
-        log.info("%s on %s: policy %s, %.2fM parameters", entry.name, self.device, config.policy.name, size / 1e6)
+        log.info(
+            "%s on %s: policy %s, %.2fM parameters", entry.name, self.device, config.policy.name, size / 1e6
+        )
         return algo
 
     def prepare(self, algo: Algorithm) -> dict[str, Any] | None:
@@ -142,7 +144,10 @@ class Run:
         self._timers[key] = self._timers.get(key, 0.0) + seconds
 
     def after(
-        self, step: int, algo: Algorithm, extra_state: Callable[[], tuple[Files, dict[str, Any]]] | None = None
+        self,
+        step: int,
+        algo: Algorithm,
+        extra_state: Callable[[], tuple[Files, dict[str, Any]]] | None = None,
     ) -> bool:
         """Log, evaluate and checkpoint where `step` crosses an interval. Call once per unit of progress.
 

@@ -2,4 +2,4 @@
 """Moved to robopost.vector."""
 
 from robopost.vector import *  # noqa: F403
-from robopost.vector import VecEnv, Step, make_vec, to_torch, make_spec  # noqa: F401
+from robopost.vector import Step, VecEnv, make_spec, make_vec, to_torch  # noqa: F401

@@ -42,10 +42,19 @@ class Normaliser(nn.Module):
         self.action_scale: Tensor
         self.action_low: Tensor
         self.action_high: Tensor
-        self.provenance: dict[str, Any] = {"obs": "identity", "action": "bounds", "source": "environment bounds"}
+        self.provenance: dict[str, Any] = {
+            "obs": "identity",
+            "action": "bounds",
+            "source": "environment bounds",
+        }
 
     def fit(
-        self, stats: dict[str, dict[str, Any]], *, obs: str = "meanstd", action: str = "bounds", source: str = ""
+        self,
+        stats: dict[str, dict[str, Any]],
+        *,
+        obs: str = "meanstd",
+        action: str = "bounds",
+        source: str = "",
     ) -> None:
         """Set the maps from dataset statistics, in place.
 
@@ -56,11 +65,15 @@ class Normaliser(nn.Module):
             source: dataset id written into `provenance`.
         """
         if obs not in OBS_MODES or action not in ACTION_MODES:
-            raise ConfigError(f"normalise: obs={obs!r} (allowed {OBS_MODES}), action={action!r} (allowed {ACTION_MODES})")
+            raise ConfigError(
+                f"normalise: obs={obs!r} (allowed {OBS_MODES}), action={action!r} (allowed {ACTION_MODES})"
+            )
         for key in self.keys:
             if obs != "identity":
                 if key not in stats:
-                    raise ConfigError(f"no statistics for observation key {key!r}; the data has {', '.join(stats)}")
+                    raise ConfigError(
+                        f"no statistics for observation key {key!r}; the data has {', '.join(stats)}"
+                    )
                 shift, scale = _affine(stats[key], obs)
                 getattr(self, f"obs_shift_{key}").copy_(shift)
                 getattr(self, f"obs_scale_{key}").copy_(scale)
@@ -79,7 +92,9 @@ class Normaliser(nn.Module):
         out = dict(obs)
         for key in self.keys:
             if key in out:
-                out[key] = (out[key].float() - getattr(self, f"obs_shift_{key}")) / getattr(self, f"obs_scale_{key}")
+                out[key] = (out[key].float() - getattr(self, f"obs_shift_{key}")) / getattr(
+                    self, f"obs_scale_{key}"
+                )
         return out
 
     def action(self, action: Tensor) -> Tensor:
@@ -94,7 +109,10 @@ class Normaliser(nn.Module):
     def batch(self, batch: Batch) -> Batch:
         """Normalise obs, next_obs and action of a batch: what `Algorithm.update` receives."""
         return replace(
-            batch, obs=self.obs(batch.obs), next_obs=self.obs(batch.next_obs), action=self.action(batch.action)
+            batch,
+            obs=self.obs(batch.obs),
+            next_obs=self.obs(batch.next_obs),
+            action=self.action(batch.action),
         )
 
 

@@ -45,7 +45,9 @@ class Policy(nn.Module, ABC):
 
     registry_name: ClassVar[str] = ""
     has_log_prob: ClassVar[bool] = False
-    normaliser_fixed: bool = False  # True where the normaliser came with loaded weights and must not be refitted
+    normaliser_fixed: bool = (
+        False  # True where the normaliser came with loaded weights and must not be refitted
+    )
     wraps_env: ClassVar[bool] = False  # True where the policy adds observations, see `wrap_env`
 
     def __init__(self, config: Any, spec: Spec) -> None:

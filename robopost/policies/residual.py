@@ -35,14 +35,18 @@ class ResidualConfig(EncodedConfig):
 
     name: str = "residual"
     base: str = ""  # run folder, checkpoint or policy folder of the base policy
-    base_config: dict[str, Any] = field(default_factory=dict)  # filled from `base`; travels with the checkpoint
+    base_config: dict[str, Any] = field(
+        default_factory=dict
+    )  # filled from `base`; travels with the checkpoint
     scale: float = 0.2  # kappa: largest correction, as a fraction of half the action range
     hidden: list[int] = field(default_factory=lambda: [256, 256])
     warmup_noise: float = 0.2  # uniform noise on the base action during warm-up, same unit as scale
 
     def __post_init__(self) -> None:
         if not 0.0 < self.scale <= 2.0:
-            raise ConfigError(f"policy.scale={self.scale} must lie in (0, 2]: a fraction of half the action range")
+            raise ConfigError(
+                f"policy.scale={self.scale} must lie in (0, 2]: a fraction of half the action range"
+            )
         if self.horizon != 1 or self.execute not in (0, 1):
             raise ConfigError("policy.horizon of a residual policy is 1: it corrects every executed step")
 
@@ -66,10 +70,14 @@ class ResidualPolicy(Policy):
             base = load_policy(config.base)
             config = replace(config, base_config=to_dict(base.config))
         else:
-            raise ConfigError("policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>")
+            raise ConfigError(
+                "policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>"
+            )
         _check_fits(base.spec, _without_base(spec))
         shape = ((spec.action_dim,), "float32")
-        super().__init__(replace(config, history=base.history), replace(spec, obs=spec.obs | {BASE_ACTION: shape}))
+        super().__init__(
+            replace(config, history=base.history), replace(spec, obs=spec.obs | {BASE_ACTION: shape})
+        )
         self.obs_keys = [*base.obs_keys, BASE_ACTION]
         self.base = base.requires_grad_(False)
         self._copy_normaliser(base)
@@ -125,7 +133,9 @@ class ResidualPolicy(Policy):
         """Base action plus uniform noise: warm-up data stays near the base policy."""
         base = obs[BASE_ACTION][:, -1] if obs[BASE_ACTION].dim() == 3 else obs[BASE_ACTION]
         noise = torch.rand(base.shape, generator=generator, device=base.device) * 2 - 1
-        return self.normaliser.unnormalise_action(self.normaliser.action(base) + self.config.warmup_noise * noise)
+        return self.normaliser.unnormalise_action(
+            self.normaliser.action(base) + self.config.warmup_noise * noise
+        )
 
     def wrap_env(self, env: VecEnv) -> VecEnv:
         """Add `base_action` to the observations of `env`."""
@@ -147,7 +157,9 @@ class ResidualPolicy(Policy):
         for part in queries.split(LABEL_BATCH):
             past = torch.maximum(part[:, None] + back, first[part][:, None])
             obs = {key: demos.obs[key][past if self.history > 1 else part] for key in self.base.spec.obs}
-            chunk = self.base.act({k: v.to(self.device) for k, v in obs.items()}, deterministic=True).chunk.cpu()
+            chunk = self.base.act(
+                {k: v.to(self.device) for k, v in obs.items()}, deterministic=True
+            ).chunk.cpu()
             for offset in range(self.base.execute):
                 at = (part + offset).clamp_max(len(first) - 1)
                 same = (asked[at] == part).cpu()
@@ -225,8 +237,14 @@ def _without_base(spec: Spec) -> Spec:
 def _check_fits(base: Spec, env: Spec) -> None:
     for key, (shape, _) in base.obs.items():
         if key not in env.obs:
-            raise ConfigError(f"the base policy reads observation {key!r}; the environment offers {', '.join(env.obs)}")
+            raise ConfigError(
+                f"the base policy reads observation {key!r}; the environment offers {', '.join(env.obs)}"
+            )
         if tuple(env.obs[key][0]) != tuple(shape):
-            raise ConfigError(f"observation {key!r}: the base policy expects {tuple(shape)}, got {env.obs[key][0]}")
+            raise ConfigError(
+                f"observation {key!r}: the base policy expects {tuple(shape)}, got {env.obs[key][0]}"
+            )
     if base.action_dim != env.action_dim:
-        raise ConfigError(f"the base policy has {base.action_dim} action dimensions, the environment {env.action_dim}")
+        raise ConfigError(
+            f"the base policy has {base.action_dim} action dimensions, the environment {env.action_dim}"
+        )

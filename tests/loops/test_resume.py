@@ -43,7 +43,9 @@ def store(tmp_path_factory):
     with EpisodeStore.create(path, spec=spec, fps=10.0, source="toy") as made:
         for index in range(6):
             action = rng.uniform(-1, 1, (20, 1)).astype(np.float32)
-            state = np.concatenate([np.zeros((1, 3)), np.cumsum(np.repeat(action, 3, 1), 0)]).astype(np.float32)
+            state = np.concatenate([np.zeros((1, 3)), np.cumsum(np.repeat(action, 3, 1), 0)]).astype(
+                np.float32
+            )
             reward = -np.abs(state[1:, 0])
             ends = index % 2 == 0
             made.append(Episode({"state": state}, action, reward, terminated=ends, truncated=not ends))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
+from robopost.artefacts.checkpoint import load_policy, policy_files, save_folder
 from robopost.config import PolicyConfig
 from robopost.data.batch import Spec
 from robopost.data.dataset import Dataset
@@ -16,7 +17,6 @@ from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
 from robopost.policies.flow import Flow, FlowConfig
 from robopost.policies.residual import BASE_ACTION, BaseActionEnv, ResidualConfig, ResidualPolicy
-from robopost.artefacts.checkpoint import load_policy, policy_files, save_folder
 from robopost.vector import VecEnv
 
 SPEC = Spec({"state": ((2,), "float32")}, 1, (-100.0,), (100.0,), 9)
@@ -57,7 +57,7 @@ class Frames(VectorEnv):
         return self.state.copy(), np.zeros(2, np.float32), done & kind, done & ~kind, info
 
 
-@pytest.fixture()
+@pytest.fixture
 def residual(tmp_path):
     torch.manual_seed(0)
     spec = Spec({"state": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0), 50)
@@ -145,5 +145,5 @@ def test_base_that_does_not_fit_is_refused(residual, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             ResidualPolicy(config, spec)
-    with pytest.raises(ConfigError, match="policy.base is empty"):
+    with pytest.raises(ConfigError, match=r"policy\.base is empty"):
         ResidualPolicy(ResidualConfig(), SPEC)
