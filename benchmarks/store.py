@@ -319,5 +319,5 @@ def run(bench: Bench) -> None:
             }
             for key, row in rows.items()
         ],
-        caption=f"{steps} steps, {OBS} + {ACT} float32 per step; slices of {HORIZON} steps. One torch thread.",
+        caption=f"{steps} steps of {OBS} + {ACT} float32, slices of {HORIZON} steps, one torch thread.",
     )

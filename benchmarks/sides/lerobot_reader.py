@@ -2,8 +2,8 @@
 """LeRobotDataset's side of benchmarks/store.py. Runs where lerobot is installed; robopost isn't needed.
 
 Reads one JSON request per line from stdin and answers each with one line:
-`{"check": [indices], "out": path}` saves that batch as .npz, `{"prepare": n, "seed": s}` chooses the indices of
-n random batches and starts the workers, `{"batches": n}` reads them.
+`{"check": [indices], "out": path}` saves that batch as .npz, `{"prepare": n, "seed": s}` chooses the indices
+of n random batches and starts the workers, `{"batches": n}` reads them.
 """
 
 import json

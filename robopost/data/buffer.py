@@ -15,8 +15,8 @@ from torch import Tensor
 
 from robopost.data import journal
 from robopost.data.batch import Batch, Obs, Spec
-from robopost.data.dataset import take
 from robopost.data.files import disk_errors
+from robopost.data.indexing import take
 from robopost.errors import ConfigError, DataError, unknown
 
 STORAGES = ("auto", "ram", "device", "mmap")
@@ -63,7 +63,8 @@ class ReplayBuffer:
             raise unknown("buffer storage", storage, STORAGES)
         if num_envs < 1 or capacity < 2 * num_envs:
             raise ConfigError(
-                f"loop.buffer_size={capacity} must be at least {2 * max(num_envs, 1)} with {num_envs} environments"
+                f"loop.buffer_size={capacity} must be at least {2 * max(num_envs, 1)} "
+                f"with {num_envs} environments"
             )
         self.spec = spec
         self.num_envs = num_envs
@@ -227,6 +228,16 @@ class ReplayBuffer:
             CheckpointError: segments are missing, or of a buffer with other shapes.
         """
         journal.restore(self, Path(folder), cursor)
+
+    def cut(self) -> None:
+        """Truncate every running episode after its newest step: the next `add` starts new ones."""
+        going = np.flatnonzero(~self._ended)
+        if self.total == 0 or len(going) == 0:
+            return
+        position = (self.total - 1) % self.steps_per_env
+        self.truncated[torch.from_numpy(going).to(self._home) + position * self.num_envs] = True
+        self._keep_final(position, going)
+        self._ended = np.ones(self.num_envs, bool)
 
     def load_steps(self, start: int, steps: dict[str, Tensor], pending: Obs | None) -> None:
         """Put back steps [start, start + k) of the run; used by `restore`.

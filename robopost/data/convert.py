@@ -119,7 +119,7 @@ def export_store(store: EpisodeStore, out: Path, format: str, options: dict[str,
     """Write `store` to `out` in a registered format; nothing is left at `out` when that fails.
 
     Raises:
-        DataError: the format is unknown or can't be written, an option is unknown, `out` exists, the disk is full.
+        DataError: the format or an option is unknown, it can't be written, `out` exists, the disk is full.
     """
     if format not in FORMATS:
         raise unknown("data format", format, FORMATS.names(), DataError)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,24 +17,13 @@ from robopost.data.batch import Batch, Obs, Spec
 from robopost.data.cache import Columns, columns_of, obs_rows, open_columns
 from robopost.data.convert import open_any
 from robopost.data.episode import Episode
+from robopost.data.indexing import last_flags, make_index, returns_to_go, take
 from robopost.data.layout import stats_keys
 from robopost.data.stats import Running, finite_problem, moments
 from robopost.errors import ConfigError, DataError, unknown
 from robopost.nets.norm import Normaliser
 
 DEVICE_SHARE = 0.5  # of the free GPU memory that "auto" gives to a dataset
-
-
-@dataclass
-class _Index:
-    """Per step of the dataset, int64 (N,): where its episode begins and ends."""
-
-    row: Tensor  # row of its observation
-    next_row: Tensor  # row of its next observation
-    first_row: Tensor  # row of its episode's first observation
-    end: Tensor  # step after its episode's last step
-    limit: Tensor  # step after the last one that an n-step return from here can cover
-    usable: Tensor | None  # (U,) steps that are transitions, None = all
 
 
 class Dataset:
@@ -80,11 +69,9 @@ class Dataset:
             self.reward = self.reward * reward_scale + reward_shift
         self.extras: Obs = {key: put(value) for key, value in columns.extras.items()}
         self._lengths = columns.lengths
-        self._index, terminated, truncated = _index(columns)
-        self._index = _Index(
-            **{k: v if v is None else v.to(self._home) for k, v in vars(self._index).items()}
-        )
-        self.terminated, self.truncated = terminated.to(self._home), truncated.to(self._home)
+        self._index = make_index(columns).to(self._home)
+        self.terminated = last_flags(columns.terminated, columns).to(self._home)
+        self.truncated = last_flags(columns.truncated, columns).to(self._home)
         self._goes_on = (~self.terminated).to(torch.float32)
         self._returns: dict[float, Tensor] = {}
 
@@ -337,26 +324,6 @@ class Dataset:
         return self._returns[gamma]
 
 
-def take(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]` along the first dimension for an index of any shape, by the fastest route."""
-    if index.ndim == 1:
-        return values.index_select(0, index)
-    return values.index_select(0, index.reshape(-1)).view(*index.shape, *values.shape[1:])
-
-
-def returns_to_go(reward: np.ndarray, lengths: np.ndarray, gamma: float) -> np.ndarray:
-    """(N,) float32 discounted sums of the rewards from each step to its episode's end, summed in float64."""
-    out = reward.astype(np.float64)
-    last = np.cumsum(lengths) - 1
-    # Step back from every episode's end at once: as many numpy calls as the longest episode has steps.
-    order = np.argsort(lengths, kind="stable")
-    sorted_lengths = lengths[order]
-    for back in range(1, int(lengths.max(initial=0))):
-        step = last[order[np.searchsorted(sorted_lengths, back, side="right") :]] - back
-        out[step] += gamma * out[step + 1]
-    return out.astype(np.float32)
-
-
 def column_stats(columns: Columns, spec: Spec, source: str) -> dict[str, dict[str, Any]]:
     """Statistics as `EpisodeStore.stats` has them, computed from columns (final observations not counted)."""
     rows = obs_rows(columns.lengths, columns.has_final)
@@ -369,36 +336,6 @@ def column_stats(columns: Columns, spec: Spec, source: str) -> dict[str, dict[st
             moments(values[start : start + 4096] if values is not None else columns.obs[key][part], running)
         out[key] = running.result(source)
     return out
-
-
-def _index(columns: Columns) -> tuple[_Index, Tensor, Tensor]:
-    lengths = columns.lengths
-    ends = np.cumsum(lengths)
-    row_ends = ends + np.cumsum(columns.has_final)
-    spread = lambda values: torch.from_numpy(np.repeat(np.asarray(values, np.int64), lengths))  # noqa: E731
-    # Without a final observation the last step only counts where nothing is bootstrapped behind it.
-    open_end = ~columns.has_final & ~columns.terminated
-    limit = ends - open_end
-    usable = None
-    if open_end.any():
-        keep = np.ones(int(lengths.sum()), bool)
-        keep[ends[open_end] - 1] = False
-        usable = torch.from_numpy(np.flatnonzero(keep))
-    flags = []
-    for flag in (columns.terminated, columns.truncated):
-        per_step = torch.zeros(int(lengths.sum()), dtype=torch.bool)
-        per_step[torch.from_numpy(ends[flag] - 1)] = True
-        flags.append(per_step)
-    rows = obs_rows(lengths, columns.has_final)
-    index = _Index(
-        row=torch.from_numpy(rows),
-        next_row=torch.minimum(torch.from_numpy(rows + 1), spread(row_ends - 1)),
-        first_row=spread(row_ends - lengths - columns.has_final),
-        end=spread(ends),
-        limit=spread(limit),
-        usable=usable,
-    )
-    return index, flags[0], flags[1]
 
 
 def _storage(choice: str, device: torch.device, columns: Columns) -> torch.device:

@@ -24,6 +24,14 @@ CHUNK_BYTES = 256 << 10  # one compressed unit
 SHARD_BYTES = 16 << 20  # one file
 
 
+def is_store(path: Path) -> bool:
+    """True when `path` is a robopost store (of any version, whole or not)."""
+    try:
+        return "robopost" in json.loads((path / "zarr.json").read_bytes()).get("attributes", {})
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
 def data_arrays(spec: Spec, extras: dict[str, KeySpec]) -> dict[str, KeySpec]:
     """Arrays under `data/`: name -> (row shape, dtype)."""
     out: dict[str, KeySpec] = {

@@ -28,7 +28,8 @@ class MixedSampler:
         for key, declared in buffer.spec.obs.items():
             if dataset.spec.obs.get(key) != declared:
                 raise DataError(
-                    f"the environment has {key!r} {declared}, the demonstrations {dataset.spec.obs.get(key)}. "
+                    f"the environment has {key!r} {declared}, "
+                    f"the demonstrations {dataset.spec.obs.get(key)}. "
                     "Fix: choose common keys with env.obs_keys"
                 )
         if buffer.spec.action_dim != dataset.spec.action_dim:

@@ -43,6 +43,7 @@ from robopost.data.layout import (
     empty_commit,
     episode_blocks,
     episode_json,
+    is_store,
     meta_arrays,
     read_json,
     shard_files,
@@ -56,14 +57,6 @@ from robopost.errors import DataError
 __all__ = ["FORMAT_VERSION", "Episode", "EpisodeStore", "Problem", "is_store"]
 
 FORMAT_VERSION = 1
-
-
-def is_store(path: Path) -> bool:
-    """True when `path` is a robopost store (of any version, whole or not)."""
-    try:
-        return "robopost" in json.loads((path / "zarr.json").read_bytes()).get("attributes", {})
-    except (OSError, ValueError, AttributeError):
-        return False
 
 
 class EpisodeStore:

@@ -56,7 +56,7 @@ def _foreign(path: Path, format: str, options: dict[str, Any] | None) -> list[Pr
 def check_source(source: EpisodeSource) -> list[Problem]:
     """Read every episode of `source` and check it.
 
-    Reading goes on after an episode that can't be read where the source's iterator does (a generator stops there).
+    Reading goes on after an episode that can't be read where the source's iterator does (a generator stops).
     """
     check = _Check(source.spec, source.fps)
     iterator = iter(source.episodes)
@@ -114,7 +114,7 @@ def check_store(path: Path) -> list[Problem]:
 
 
 def _broken_rows(store: EpisodeStore, check: _Check) -> list[tuple[int, int]]:
-    """Report arrays that are absent, short or unreadable; returns the steps [first, last) that can't be read."""
+    """Report arrays that are absent, short or unreadable; returns the steps [first, last) of no use."""
     wanted = {f"data/{k}": (v, store.num_steps) for k, v in data_arrays(store.spec, store.extras).items()}
     finals = {k: v for k, v in meta_arrays(store.spec).items() if k.startswith("final_obs")}
     wanted |= {f"meta/{k}": (v, len(store)) for k, v in finals.items()}
