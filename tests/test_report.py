@@ -14,7 +14,8 @@ from robopost.evaluate.statistics import Interval, paired_difference, t_interval
 from robopost.evaluate.video import Clip, write_grid
 from robopost.report import Comparison, load_run, load_runs, write_report
 from robopost.report import page as page_module
-from robopost.report.charts import POINTS, _thin_out, seed_curve, short, shown, ticks
+from robopost.report.charts import POINTS, _range, _thin_out, seed_curve, short, shown, ticks
+from robopost.report.sections import seeds_success
 
 VOID = {"meta", "br", "img"}
 EVIL = "<script>alert(1)</script>\"'&<img src=x onerror=alert(1)>"
@@ -175,7 +176,22 @@ def test_a_rate_never_shows_more_than_one_hundred_percent(tmp_path):
     words = Page(read(write_report([tmp_path / "td3"], tmp_path / "r.html"))).words
     assert t_interval([0.7, 1.0, 1.0]).high > 1
     assert "– 100.0" in words
+    assert seeds_success([np.array([True])] * 3).high == 1.0
     assert not re.search(r"– 1[1-9]\d\.\d", words)
+
+
+def test_seeds_without_spread_are_not_certain():
+    none = seeds_success([np.zeros(10, bool)] * 3)
+    assert (none.value, none.low, none.high) == (0.0, 0.0, wilson(0, 30).high)
+    apart = seeds_success([np.zeros(10, bool), np.ones(10, bool)])
+    assert (apart.low, apart.high) == (0.0, 1.0)
+
+
+def test_bands_of_two_seeds_do_not_flatten_the_curve():
+    x = np.arange(5.0)
+    curve = seed_curve("a", 0, [(x, x), (x, x + 1)], None)
+    assert curve.high.max() > 10
+    assert _range([curve]) == pytest.approx((-2.5 - 0.6, 7.5 + 0.6))
 
 
 def test_mean_curve_by_hand_and_a_dead_seed_does_not_bend_it():

@@ -94,9 +94,6 @@ def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_
         text = f"{tick * 100:.0f} %" if percent else short(tick)
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{text}</text>')
-    parts.append(
-        f'<text class="tick" x="{_LEFT - 8}" y="{_H - 14}" text-anchor="end">{escape(x_label)}</text>'
-    )
     for tick in ticks(left, right, 6):
         x = float(sx(tick))
         anchor = "end" if x > _W - _RIGHT - 12 else "middle"
@@ -113,7 +110,8 @@ def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_
         parts += _marks(curve, sx, sy, percent, x_label)
     base = _H - _BOTTOM
     parts.append(f'<line class="axis" x1="{_LEFT}" x2="{_W - _RIGHT}" y1="{base}" y2="{base}"/></svg>')
-    return f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{"".join(parts)}</figure>'
+    caption = f'{escape(title)} <span class="dim">over {escape(x_label)}s</span>'
+    return f'<figure class="chart"><figcaption>{caption}</figcaption>{"".join(parts)}</figure>'
 
 
 def interval_bars(rows: Sequence[tuple[str, Interval, str]], *, percent: bool) -> str:
@@ -157,7 +155,8 @@ def shown(interval: Interval, *, percent: bool = False) -> tuple[str, str, str]:
     values = [v * scale for v in (interval.value, interval.low, interval.high)]
     largest = max(abs(v) for v in values)
     decimals = 1 if percent else max(0, 2 - math.floor(math.log10(largest))) if largest > 0 else 0
-    value, low, high = (f"{v:,.{decimals}f}" if decimals < 7 else f"{v:.2e}" for v in values)
+    text = (f"{v:,.{decimals}f}" if decimals < 7 else f"{v:.2e}" for v in values)
+    value, low, high = (t.replace("-", "\N{MINUS SIGN}") for t in text)
     return value, low, high
 
 
@@ -230,7 +229,6 @@ def _thin_out(x: np.ndarray, y: np.ndarray) -> Series:
 
 def _range(curves: Sequence[Curve]) -> tuple[float, float]:
     values = [part for c in curves for part in (c.y, *(y for _, y in c.thin))]
-    values += [part for c in curves for part in (c.low, c.high) if part is not None and len(c.thin) != 1]
     every = np.concatenate(values)
     every = every[np.isfinite(every)]
     if len(every) > 40:
@@ -238,7 +236,14 @@ def _range(curves: Sequence[Curve]) -> tuple[float, float]:
         inner = np.quantile(every, [0.01, 0.99])
         if every.max() - every.min() > 4 * (inner[1] - inner[0]) > 0:
             every = inner
-    return _padded(list(every))
+    low, high = float(every.min()), float(every.max())
+    bands = [part for c in curves for part in (c.low, c.high) if part is not None]
+    if bands:
+        # The band of two seeds is many times their distance: it may add half the height, not more.
+        reach = 0.5 * (high - low) if high > low else float("inf")
+        edges = np.concatenate(bands)
+        low, high = max(low - reach, min(low, edges.min())), min(high + reach, max(high, edges.max()))
+    return _padded([low, high])
 
 
 def _padded(values: Sequence[float]) -> tuple[float, float]:

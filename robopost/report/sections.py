@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from robopost.evaluate.statistics import Interval, t_interval
+from robopost.evaluate.statistics import Interval, t_interval, wilson
 from robopost.report.charts import COLOURS, Curve, Series, line_chart, mini_bar, seed_curve, shown
 from robopost.report.runs import Evaluation, RunData, flatten
 from robopost.results import number
@@ -77,8 +77,8 @@ def evaluation_table(groups: Groups) -> str:
         if several and items:
             cells = [_named(label, colour), ""]
             if judged:
-                values = [i.result.successes.mean() for i in items if i.result.successes is not None]
-                cells += _interval(t_interval(values), 0, 1, colour, percent=True)
+                outcomes = [i.result.successes for i in items if i.result.successes is not None]
+                cells += _interval(seeds_success(outcomes), 0, 1, colour, percent=True)
             mean = t_interval([item.result.returns.mean() for item in items])
             cells += _interval(mean, low, high, colour)
             cells += ["", _num(f"{len(items)} seeds"), ""]
@@ -86,7 +86,8 @@ def evaluation_table(groups: Groups) -> str:
         for run in runs:
             name = f"seed {run.seed}" if several else label
             rows.append(_run_row(run, last[id(run)], name, colour, several, judged, (low, high)))
-    note = "Success: Wilson interval. Return: bootstrap interval. Means over seeds: Student's t. All 95 %."
+    note = "Success: Wilson interval. Return: bootstrap interval. Means over seeds: Student's t, for success never "
+    note += "narrower than the pooled Wilson interval. All 95 %."
     head_html = "".join(
         f'<th class="{"num" if h in ("step", "length", "episodes") else ""}">{h}</th>' for h in head
     )
@@ -265,14 +266,23 @@ def _named(label: str, colour: int) -> str:
 def _interval(
     interval: Interval, low: float, high: float, colour: int, *, percent: bool = False
 ) -> list[str]:
-    if percent:  # Student's t knows nothing of the ends of a rate
-        interval = replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
     value, lower, upper = shown(interval, percent=percent)
     unit = " %" if percent else ""
     return [
         f'{value}{unit} <span class="ends">{lower} – {upper}</span>',
         mini_bar(interval, low, high, colour),
     ]
+
+
+def seeds_success(outcomes: Sequence[np.ndarray]) -> Interval:
+    """Mean success over seeds: Student's t between seeds, never narrower than the pooled Wilson interval.
+
+    Three seeds that all fail have no spread, which says nothing about rates below one in their episodes.
+    """
+    between = t_interval([float(values.mean()) for values in outcomes])
+    pooled = wilson(int(sum(values.sum() for values in outcomes)), sum(map(len, outcomes)))
+    low, high = min(between.low, pooled.low), max(between.high, pooled.high)
+    return replace(between, low=max(0.0, low), high=min(1.0, high))
 
 
 def _num(text: str) -> str:
