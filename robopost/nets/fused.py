@@ -80,8 +80,16 @@ def mlp(net: nn.Sequential, x: Tensor, weights: list[Tensor] | None = None) -> T
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, post: str) -> Tensor:
-    """post(x weight^T + bias), any strides."""
+    """post(x weight^T + bias) with oneDNN, any strides; `post` is "none" or "relu"."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], "")
+
+
+def _dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = "none") -> Tensor:
+    """`_linear` where the product is large; on small ones MKL has the lower overhead."""
+    if x.shape[0] * weight.numel() >= MIN_WORK:
+        return _linear(x, weight, bias, post)
+    out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    return out.relu_() if post == "relu" else out
 
 
 def _rows(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -103,7 +111,7 @@ class _Perceptron(torch.autograd.Function):
         for index, (weight, bias) in enumerate(layers):
             post = "relu" if index < len(layers) - 1 else "none"
             rows = _rows(weight, bias)
-            hidden = [_linear(h, w, b, post) for h, (w, b) in zip(hidden, rows, strict=True)]
+            hidden = [_dense(h, w, b, post) for h, (w, b) in zip(hidden, rows, strict=True)]
             saved += hidden if post == "relu" else []
         ctx.save_for_backward(x, *weights, *saved)
         ctx.members = members
@@ -124,17 +132,17 @@ class _Perceptron(torch.autograd.Function):
             inputs = [x] * members if layer == 0 else saved[(layer - 1) * members : layer * members]
             if ctx.needs_input_grad[1 + 2 * layer]:
                 if stacked:
-                    parts = [_linear(h.t(), g.t(), None, "none") for h, g in zip(inputs, flow, strict=True)]
+                    parts = [_dense(h.t(), g.t()) for h, g in zip(inputs, flow, strict=True)]
                     grads[2 * layer] = torch.stack(parts)
                 else:
-                    grads[2 * layer] = _linear(flow[0].t(), inputs[0].t(), None, "none")
+                    grads[2 * layer] = _dense(flow[0].t(), inputs[0].t())
             if ctx.needs_input_grad[2 + 2 * layer]:
                 sums = [g.sum(0) for g in flow]
                 grads[2 * layer + 1] = torch.stack(sums).view(bias.shape) if stacked else sums[0]
             if layer == 0 and not ctx.needs_input_grad[0]:
                 break
             rows = _rows(weight, bias)
-            flow = [_linear(g, w.t(), None, "none") for g, (w, _) in zip(flow, rows, strict=True)]
+            flow = [_dense(g, w.t()) for g, (w, _) in zip(flow, rows, strict=True)]
             if layer > 0:
                 flow = [torch.ops.aten.threshold_backward(g, h, 0) for g, h in zip(flow, inputs, strict=True)]
             else:
