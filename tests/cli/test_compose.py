@@ -2,15 +2,21 @@
 """Composition: every shipped file, conveniences, replacement, user folders, round trips."""
 
 import json
-from dataclasses import is_dataclass
+import re
+import shlex
+from dataclasses import dataclass, is_dataclass
+from pathlib import Path
 
 import pytest
 
+from robopost.cli import collect as record
+from robopost.cli import eval as evaluate
+from robopost.cli import train
 from robopost.compose import REGISTRIES, compose, from_dict, options, override, to_dict
-from robopost.config import TrainConfig
+from robopost.config import EnvConfig, TrainConfig
 from robopost.config_files import config_dir, file_options, search_dirs, summary
 from robopost.errors import ConfigError
-from robopost.registry import ALGOS, POLICIES
+from robopost.registry import ALGOS, ENVS, POLICIES
 
 DIRS = search_dirs()
 NEEDS_VALUES = {"pretrained"}  # can't stand without a path
@@ -181,3 +187,41 @@ def test_a_stored_config_is_not_interpolated():
     data = to_dict(compose(["algo=bc"])) | {"out": "${oc.env:HOME}"}
     with pytest.raises(ConfigError, match="holds an interpolation"):
         from_dict(data)
+
+
+def test_a_registered_name_needs_no_file():
+    @dataclass
+    class PluginConfig(EnvConfig):
+        name: str = "plugin_robot"
+        speed: float = 1.0
+
+    ENVS.register("plugin_robot", config=PluginConfig)(lambda config, num_envs, render=None: None)
+    try:
+        config = compose(["recipe=debug_offline", "env=plugin_robot", "env.speed=0.5"])
+        assert (type(config.env), config.env.speed) == (PluginConfig, 0.5)
+        assert from_dict(to_dict(config)) == config
+        with pytest.raises(ConfigError, match=r"unknown key 'env\.sped'.*Did you mean 'env\.speed'"):
+            compose(["env=plugin_robot", "env.sped=1"])
+    finally:
+        del ENVS._entries["plugin_robot"]
+
+
+def commands():
+    """`robopost train|eval|collect` lines of the documentation and of the help texts."""
+    root = Path(__file__).resolve().parents[2]
+    texts = [path.read_text() for path in (root / "docs").glob("*.md")] + [(root / "README.md").read_text()]
+    lines = re.findall(r"^(?:\$ )?robopost (train|eval|collect) (.*)$", "\n".join(texts), re.MULTILINE)
+    for module in (train, evaluate, record):
+        lines += [line.removeprefix("robopost ").split(" ", 1) for line in module.EXAMPLES]
+    return sorted({(name, rest.split("#")[0].strip()) for name, rest in lines})
+
+
+@pytest.mark.parametrize(("name", "rest"), commands())
+def test_documented_commands_compose(name, rest):
+    words = [word for word in shlex.split(rest) if not word.startswith("-")]
+    if "<" in rest or "my_configs" in rest:
+        pytest.skip("names something of the reader's")
+    for word in words:
+        if word.startswith("out="):
+            assert not Path(word[4:]).is_absolute(), "examples write below the working folder"
+    compose(words, name)
