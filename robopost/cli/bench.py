@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
         _list(available(root))
         return 0
     if args.summary:
-        _summary(args.results or root / "results")
+        _summary(args.results or root / "results", list(available(root)))
         return 0
     if args.render or args.check:
         return _docs(root, args.results, check=args.check)
@@ -89,10 +89,18 @@ def _list(files: dict[str, Path]) -> None:
         out.print(f"{name:<20}{doc.splitlines()[0] if doc else ''}", markup=False)
 
 
-def _summary(results: Path) -> None:
+def _summary(results: Path, benchmarks: Sequence[str]) -> None:
     from robopost.results import read_results
 
-    figures = [figure for data in read_results(results) for figure in data["figures"]]
+    found = read_results(results)
+    figures = [figure for data in found for figure in data["figures"]]
+    missing = [name for name in benchmarks if name not in {data["name"] for data in found}]
+    failed = [
+        f"{data['name']}: {row['cell']}" for data in found for row in data["rows"] if row["status"] != "ok"
+    ]
+    for label, names in (("not run yet", missing), ("failed cells", failed)):
+        if names:
+            console().print(f"{label}: {', '.join(names)}", markup=False)
     if not figures:
         console().print(
             f"no figures in {results}; `robopost bench NAME --tier small` makes some", markup=False
@@ -109,7 +117,8 @@ def _figures(figures: Sequence[dict[str, Any]], title: str) -> None:
 
     table = Table(title=escape(title), title_justify="left")
     for column in ("figure", "value", "interval", "unit", "target", "tier", "status"):
-        table.add_column(column, justify="right" if column in ("value", "interval", "target") else "left")
+        side = "right" if column in ("value", "interval", "target") else "left"
+        table.add_column(column, justify=side, overflow="fold")
     colours = {"holds": "green", "misses": "red", "empty": "yellow"}
     for figure in figures:
         state = status(figure)

@@ -34,6 +34,12 @@ class TrackContext:
     resume_step: int = 0
     total: int = 0
 
+    @property
+    def run_name(self) -> str:
+        """Name shown by trackers: the run folder's, with its parent's where it is one of several seeds."""
+        name = self.run_dir.name
+        return f"{self.run_dir.parent.name}-{name}" if name.startswith("seed_") else name
+
 
 class Tracker(ABC):
     """Receives metrics. A subclass is registered with `@TRACKERS.register(name)`, built as `cls(context)`."""

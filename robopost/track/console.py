@@ -45,7 +45,7 @@ class ConsoleTracker(Tracker):
                 transient=True,
             )
             self._task = self._bar.add_task(
-                context.run_dir.name, total=context.total, completed=context.resume_step
+                context.run_name, total=context.total, completed=context.resume_step
             )
             self._bar.start()
 

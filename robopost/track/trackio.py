@@ -19,7 +19,7 @@ class TrackioTracker(Tracker):
         self._trackio = require("trackio", "trackio")
         resume = "allow" if context.resume_step else "never"
         self._run = self._trackio.init(
-            project=context.project, name=context.run_dir.name, config=context.config, resume=resume
+            project=context.project, name=context.run_name, config=context.config, resume=resume
         )
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ class WandbTracker(Tracker):
             identity.write_text(secrets.token_hex(4))
         self._run = self._wandb.init(
             project=context.project,
-            name=context.run_dir.name,
+            name=context.run_name,
             dir=str(context.run_dir),
             config=context.config,
             id=identity.read_text().strip(),

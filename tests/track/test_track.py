@@ -196,6 +196,11 @@ def test_trackio_call_contract(tmp_path, monkeypatch):
         ]
 
 
+def test_seeds_of_a_run_keep_apart(tmp_path):
+    assert TrackContext(tmp_path / "td3" / "seed_1").run_name == "td3-seed_1"
+    assert TrackContext(tmp_path / "td3").run_name == "td3"
+
+
 def test_missing_extra_and_unknown_tracker_open_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(MissingExtraError, match=r"wandb"):
