@@ -128,11 +128,8 @@ def source_line(data: dict[str, Any]) -> str:
     failed = [row["cell"] for row in data["rows"] if row["status"] != "ok"]
     if failed:
         parts.append(f"**failed: {', '.join(failed)}**")
-    return (
-        f"*{_escape(' · '.join(parts), pipes=False)}*"
-        if not failed
-        else _escape(" · ".join(parts), pipes=False)
-    )
+    line = " ".join(" · ".join(parts).split())
+    return line if failed else f"*{line}*"
 
 
 def markdown(columns: list[str], rows: list[list[str]], *, right: set[int] | None = None) -> str:
