@@ -17,6 +17,7 @@ from robopost.policies.base import Policy
 from robopost.registry import POLICIES
 
 VARIANTS = ("rectified", "shortcut")
+PREDICTIONS = ("sample", "velocity")
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class TimeGrid:
         return torch.full((batch,), k / self.steps, device=device)
 
     def draw(self, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """(batch,) times drawn uniformly from the grid's own points."""
-        return torch.randint(self.steps, (batch,), generator=generator, device=device) / self.steps
+        """(batch,) training times, uniform over [0, 1): the points of grids of any number of steps."""
+        return torch.rand(batch, generator=generator, device=device)
 
 
 @dataclass
@@ -55,13 +56,15 @@ class FlowConfig(EncodedConfig):
     backbone: str = "mlp"  # mlp | unet | transformer
     width: int = 256
     depth: int = 3
-    train_time: str = "uniform"
+    prediction: str = "sample"  # sample: the network gives x_1 | velocity: the network gives the velocity
     shortcut_finest: int = 64  # shortcut: smallest step is 1/this, trained by flow matching
     shortcut_fraction: float = 0.25  # shortcut: share of the batch with self-consistency targets
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise unknown("policy.variant", self.variant, VARIANTS)
+        if self.prediction not in PREDICTIONS:
+            raise unknown("policy.prediction", self.prediction, PREDICTIONS)
         if self.steps < 1:
             raise ConfigError(f"policy.steps={self.steps} must be at least 1")
         if self.variant == "shortcut":
@@ -84,6 +87,10 @@ class Flow(Policy):
     Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field
     regresses x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn
     that one step of 2d equals two steps of d.
+
+    With `prediction=sample` the network's output is an estimate of x_1 and the velocity is (x_1 - x) / (1 - t): a
+    small network then spends nothing on reproducing the noise, and the loss is the velocity loss weighted by
+    (1 - t)^2.
     """
 
     registry_name = "flow"
@@ -111,6 +118,11 @@ class Flow(Policy):
 
         `step` is the step a shortcut model is asked to jump, None = the grid's; rectified flow ignores it.
         """
+        out = self.output(x, t, cond, step)
+        return out if self.config.prediction == "velocity" else (out - x) / (1 - t)[:, None, None]
+
+    def output(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor | float | None = None) -> Tensor:
+        """What the network gives at `x`: x_1 or the velocity, as `prediction` says."""
         if self.config.variant == "rectified":
             return self.net(x, cond, t)
         size = torch.as_tensor(
@@ -148,10 +160,7 @@ class Flow(Policy):
         batch, device = len(chunk), chunk.device
         x0 = torch.randn(chunk.shape, generator=generator, device=device)
         consistent = int(batch * self.config.shortcut_fraction) if self.config.variant == "shortcut" else 0
-        if self.config.train_time == "grid":
-            t = self.grid.draw(batch, generator, device)
-        else:
-            t = torch.rand(batch, generator=generator, device=device)
+        t = self.grid.draw(batch, generator, device)
         finest = self.config.shortcut_finest
         step = torch.full((batch,), 1.0 / finest, device=device)
         if consistent:
@@ -167,7 +176,9 @@ class Flow(Policy):
         if consistent:
             c = slice(0, consistent)
             target = torch.cat([self.shortcut_target(x[c], t[c], cond[c], step[c]), target[consistent:]])
-        return masked_mean((self.velocity(x, t, cond, step) - target).square(), mask)
+        if self.config.prediction == "sample":
+            target = x + (1 - at) * target
+        return masked_mean((self.output(x, t, cond, step) - target).square(), mask)
 
     @torch.no_grad()
     def shortcut_target(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor) -> Tensor:

@@ -106,15 +106,29 @@ def test_euler_steps_run_on_the_grid():
     assert TimeGrid(4).dt == 0.25
 
 
-def test_flow_loss_by_hand():
-    policy = build("rectified", horizon=2)
+@pytest.mark.parametrize("prediction", ["sample", "velocity"])
+def test_flow_loss_by_hand(prediction):
+    policy = build("rectified", horizon=2, prediction=prediction)
     obs, chunk = state(3), torch.randn(3, 2, 2, generator=seeded(1))
     loss = policy.bc_loss(obs, chunk, torch.ones(3, 2, dtype=torch.bool), seeded(5))
     generator = seeded(5)
     x0 = torch.randn(3, 2, 2, generator=generator)
     t = torch.rand(3, generator=generator)
     x = (1 - t)[:, None, None] * x0 + t[:, None, None] * chunk
-    torch.testing.assert_close(loss, (policy.net(x, obs["state"], t) - (chunk - x0)).square().mean())
+    target = chunk if prediction == "sample" else chunk - x0
+    torch.testing.assert_close(loss, (policy.net(x, obs["state"], t) - target).square().mean())
+
+
+def test_sample_prediction_gives_the_velocity_towards_the_sample():
+    policy = build("rectified", horizon=2, prediction="sample")
+    x, cond, t = torch.randn(3, 2, 2), state(3)["state"], torch.tensor([0.0, 0.25, 0.75])
+    arrive = x + policy.velocity(x, t, cond) * (1 - t)[:, None, None]
+    torch.testing.assert_close(arrive, policy.net(x, cond, t))
+    # so the last Euler step, from t = 1 - 1/K, ends exactly on the network's estimate
+    _, _, chain = policy.sample(state(3), generator=seeded())
+    torch.testing.assert_close(
+        chain[:, -1], policy.net(chain[:, -2], cond, policy.grid.time(3, 3, cond.device))
+    )
 
 
 def test_shortcut_target_is_two_half_steps():
@@ -138,14 +152,14 @@ def test_shortcut_target_is_two_half_steps():
 def test_shortcut_trains_every_step_size_on_its_own_grid():
     policy = build("shortcut", horizon=1)
     seen = []
-    inner = policy.velocity
+    inner = policy.output
 
     def record(x, t, cond, step=None):
         if torch.is_grad_enabled():
             seen.append((t, step))
         return inner(x, t, cond, step)
 
-    policy.velocity = record
+    policy.output = record
     policy.bc_loss(state(2000), torch.randn(2000, 1, 2), torch.ones(2000, 1, dtype=torch.bool), seeded())
     ((t, step),) = seen
     consistent = slice(0, 500)  # a quarter
@@ -183,13 +197,14 @@ def two_modes(rows, generator):
     ("config", "updates"),
     [
         (FlowConfig(horizon=1, steps=10, **SMALL), 350),
+        (FlowConfig(horizon=1, steps=10, prediction="velocity", **SMALL), 350),
         (FlowConfig(horizon=1, variant="shortcut", steps=4, shortcut_finest=16, **SMALL), 600),
         (DiffusionConfig(horizon=1, train_steps=50, steps=10, prediction="epsilon", **SMALL), 350),
         (DiffusionConfig(horizon=1, train_steps=50, steps=10, prediction="sample", **SMALL), 350),
         (DiffusionConfig(horizon=1, train_steps=50, steps=10, prediction="v_prediction", **SMALL), 350),
         (DiffusionConfig(horizon=1, train_steps=50, steps=50, sampler="ddpm", **SMALL), 350),
     ],
-    ids=["rectified", "shortcut", "ddim epsilon", "ddim sample", "ddim v", "ddpm"],
+    ids=["rectified", "rectified velocity", "shortcut", "ddim epsilon", "ddim sample", "ddim v", "ddpm"],
 )
 def test_learns_both_modes_given_the_observation(config, updates):
     torch.manual_seed(0)
@@ -226,6 +241,8 @@ def test_one_shortcut_step_agrees_with_many():
 def test_wrong_settings_are_refused():
     with pytest.raises(ConfigError, match="Did you mean 'shortcut'"):
         FlowConfig(variant="shortcuts")
+    with pytest.raises(ConfigError, match="Did you mean 'velocity'"):
+        FlowConfig(prediction="velocty")
     with pytest.raises(ConfigError, match=r"policy.steps=3 must be a power of two"):
         FlowConfig(variant="shortcut", steps=3)
     with pytest.raises(ConfigError, match=r"policy.steps=0"):
