@@ -167,3 +167,17 @@ def test_bad_files_and_options(path, change, options, text):
     with pytest.raises(DataError, match=text) as caught:
         list(open_source(path, name, options).episodes)
     assert "\n" not in str(caught.value)
+
+
+def test_an_export_of_ours_keeps_rate_and_bounds(tmp_path, caplog):
+    spec = Spec({"state": ((1,), "float32")}, 1, (0.0,), (512.0,))
+    with EpisodeStore.create(tmp_path / "s", spec=spec, fps=10, source="test") as store:
+        store.append(plain(2, final=True))
+    with EpisodeStore.open(tmp_path / "s") as store:
+        export_store(store, tmp_path / "out.hdf5", "robomimic")
+        export_store(store, tmp_path / "out.zarr", "diffusion_policy")
+        export_store(store, tmp_path / "minari", "minari")
+    assert "may leave -1..1" in caplog.text
+    for name in ("out.hdf5", "out.zarr", "minari"):
+        source = open_source(tmp_path / name)
+        assert (source.fps, source.spec.action_low, source.spec.action_high) == (10.0, (0.0,), (512.0,)), name

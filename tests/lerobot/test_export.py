@@ -98,6 +98,10 @@ def compare_with_lerobot(root: Path, image_tolerance: float):
 def compare_with_ours(root: Path, image_tolerance: float):
     source = LeRobot.read(root)
     assert (source.fps, source.count) == (FPS, len(LENGTHS))
+    assert (source.spec.action_low, source.spec.action_high) == ((-1.0, -1.0), (1.0, 1.0))
+    assert sorted(path.name for path in root.iterdir() if path.name != "images") == ["data", "meta"] + (
+        ["videos"] if any(root.rglob("*.mp4")) else []
+    )
     found = list(source.episodes)
     assert len(found) == len(LENGTHS)
     for ours, wanted in zip(found, episodes(), strict=True):

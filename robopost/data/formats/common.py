@@ -4,16 +4,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from robopost.data.batch import Spec
 from robopost.data.episode import Arrays, KeySpec
 from robopost.errors import DataError, require, unknown
+
+if TYPE_CHECKING:
+    from robopost.data.store import EpisodeStore
 
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 Names = str | int | Sequence[str | int]  # the command line parses values as JSON, so that 3 comes as a number
@@ -82,6 +85,24 @@ def symmetric(action_limit: float) -> tuple[float, float]:
     if action_limit < 0:
         raise DataError(f"action_limit={action_limit} must be 0 (unknown) or the largest absolute action")
     return (-action_limit, action_limit) if action_limit else (-np.inf, np.inf)
+
+
+def declared(facts: Mapping[str, Any], action_dim: int) -> tuple[float, Any, Any]:
+    """Rate and action bounds that an export of ours left in a file: (fps, low, high); (0, None, None) otherwise."""
+    low, high = facts.get("action_low"), facts.get("action_high")
+    fps = float(facts.get("fps") or 0.0)
+    if low is None or high is None or not len(low) == len(high) == action_dim:
+        return fps, None, None
+    return fps, list(low), list(high)
+
+
+def declare(store: EpisodeStore) -> dict[str, Any]:
+    """What `declared` reads back, for formats that have no place for it but allow attributes.
+
+    Bounds are left out where one is infinite, which plain JSON can't say.
+    """
+    bounds = {"action_low": list(store.spec.action_low), "action_high": list(store.spec.action_high)}
+    return {"fps": store.fps, **(bounds if store.spec.bounded else {})}
 
 
 def join_state(obs: Arrays, keys: Sequence[str]) -> Arrays:

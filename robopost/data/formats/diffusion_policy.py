@@ -18,7 +18,16 @@ from zarr.storage import LocalStore, ZipStore
 from robopost.data.episode import Arrays, Episode, KeySpec
 from robopost.data.files import disk_errors
 from robopost.data.formats import EpisodeSource, Format
-from robopost.data.formats.common import Names, as_image, choose, is_image_shape, make_spec, obs_key
+from robopost.data.formats.common import (
+    Names,
+    as_image,
+    choose,
+    declare,
+    declared,
+    is_image_shape,
+    make_spec,
+    obs_key,
+)
 from robopost.errors import DataError
 from robopost.registry import FORMATS
 
@@ -68,6 +77,7 @@ class DiffusionPolicy(Format):
         """
         with _open(path) as group:
             ends = _ends(group, path)
+            attributes = dict(group.attrs)
             arrays = {name: (tuple(a.shape), a.dtype) for name, a in group["data"].arrays()}  # type: ignore[union-attr]
         for name, (shape, _) in arrays.items():
             if shape[0] != ends[-1]:
@@ -122,10 +132,12 @@ class DiffusionPolicy(Format):
                     start = end
 
         action_dim = arrays["action"][0][1]
-        spec = make_spec(spec_obs, action_dim, *((0.0, PUSHT_SIZE) if pusht else (-np.inf, np.inf)))
+        rate, low, high = declared(attributes, action_dim)
+        if low is None:
+            low, high = (0.0, PUSHT_SIZE) if pusht else (-np.inf, np.inf)
         return EpisodeSource(
-            spec,
-            fps or (PUSHT_FPS if pusht else 0.0),
+            make_spec(spec_obs, action_dim, low, high),
+            fps or rate or (PUSHT_FPS if pusht else 0.0),
             f"diffusion_policy {path.name}",
             episodes(),
             count=len(ends),
@@ -156,7 +168,7 @@ class DiffusionPolicy(Format):
 
 
 def _write(store: EpisodeStore, target: ZipStore | LocalStore) -> None:
-    group = zarr.open_group(target, mode="w", zarr_format=2)
+    group = zarr.open_group(target, mode="w", zarr_format=2, attributes=declare(store))
     data, meta = group.create_group("data"), group.create_group("meta")
     names = {"action": "action", "reward": "reward"}
     names |= {f"obs.{key}": _name(key) for key in store.spec.obs}

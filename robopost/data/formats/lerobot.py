@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,15 +12,26 @@ import numpy as np
 
 from robopost.data.episode import Arrays, Episode, KeySpec, Problem
 from robopost.data.formats import EpisodeSource, Format
-from robopost.data.formats.common import Names, as_names, as_vectors, choose, make_spec, obs_key, symmetric
+from robopost.data.formats.common import (
+    Names,
+    as_names,
+    as_vectors,
+    choose,
+    declared,
+    make_spec,
+    obs_key,
+    symmetric,
+)
 from robopost.data.formats.lerobot_meta import (
     BOOKKEEPING,
     FLAGS,
+    OURS,
     EpisodeFiles,
     LeRobotMeta,
     camera_key,
     column,
     is_lerobot,
+    read_json,
     read_meta,
     read_schema,
     read_table,
@@ -77,7 +87,8 @@ class LeRobot(Format):
             missing_video: `"error"` stops when an episode lacks a video, `"skip"` leaves such episodes out.
             keys: observation keys to take besides cameras, e.g. `"state"`. Default: all.
             episodes: episode numbers to take, e.g. `"0:10"` or `"3,5,29"`. Default: all.
-            action_limit: actions lie within plus and minus this; 0 = unbounded (the format holds no bounds).
+            action_limit: actions lie within plus and minus this; 0 = unbounded, or the bounds that an export of
+                ours has left beside the metadata (the format has none).
         """
         if missing_video not in MISSING:
             raise unknown("missing_video", missing_video, MISSING, DataError)
@@ -92,8 +103,11 @@ class LeRobot(Format):
         if not chosen:
             raise DataError(_missing_text(path, lacking, len(absent)))
         reader = _Reader(meta, views, _size(resize), keys)
+        _, low, high = declared(_json_file(path / OURS), reader.action_dim)
+        if action_limit or low is None:
+            low, high = symmetric(action_limit)
         return EpisodeSource(
-            spec=make_spec(reader.obs_spec(chosen[0]), reader.action_dim, *symmetric(action_limit)),
+            spec=make_spec(reader.obs_spec(chosen[0]), reader.action_dim, low, high),
             fps=meta.fps,
             source=f"lerobot {meta.version} {path.name}",
             episodes=_Episodes(reader, chosen),
@@ -375,10 +389,10 @@ def _metadata(meta: LeRobotMeta, skipped: list[str]) -> dict[str, Any]:
     }
     if skipped:
         kept["features_left_out"] = skipped
-    modality = meta.root / "meta" / "modality.json"
-    if modality.is_file():
-        try:
-            kept["modality"] = json.loads(modality.read_bytes())
-        except ValueError as error:
-            raise DataError(f"{modality} is torn ({error}). Fix: copy it again") from error
-    return kept
+    modality = _json_file(meta.root / "meta" / "modality.json")
+    return {**kept, "modality": modality} if modality else kept
+
+
+def _json_file(path: Path) -> dict[str, Any]:
+    """An optional JSON object; empty where there is none."""
+    return read_json(path) if path.is_file() else {}

@@ -17,6 +17,7 @@ from robopost.errors import DataError, require
 
 EXTRA = "lerobot-read"
 INFO = "meta/info.json"
+OURS = "meta/robopost.json"  # what an export of ours leaves beside: bounds of the actions
 VERSIONS = ("v2.0", "v2.1", "v3.0")
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "index", "task_index")
 FLAGS = ("next.reward", "next.done", "next.success", "next.truncated")
@@ -115,7 +116,7 @@ def read_meta(root: Path, video_dir: str = "") -> LeRobotMeta:
     Raises:
         DataError: not a LeRobotDataset, an unknown version, or torn metadata.
     """
-    info = _json(root / INFO)
+    info = read_json(root / INFO)
     version = str(info.get("codebase_version", ""))
     if version not in VERSIONS:
         fix = "convert it with lerobot's own scripts" if version < "v2" else "upgrade robopost"
@@ -237,7 +238,8 @@ def column(table: Any, name: str, where: str) -> np.ndarray:
         raise DataError(f"{where}: column {name!r} has rows of unequal length") from error
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; an absent or torn file raises DataError."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,8 @@ import numpy as np
 from robopost.data.episode import Episode
 from robopost.data.files import disk_errors
 from robopost.data.formats import lerobot_export
+from robopost.data.formats.common import declare
+from robopost.data.formats.lerobot_meta import OURS
 from robopost.errors import DataError, MissingExtraError
 
 if TYPE_CHECKING:
@@ -57,9 +60,18 @@ def export(
                 _elsewhere(python, header, store, partial)
             else:
                 lerobot_export.export(header, (_fields(episode, header) for episode in store), partial)
+            (partial / OURS).write_text(json.dumps(declare(store)))
+            with contextlib.suppress(OSError):
+                _remove_empty(partial / "images")
             partial.rename(path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove what lerobot leaves of the frames it has encoded: folders without files."""
+    if not any(path.is_file() for path in folder.rglob("*")):
+        shutil.rmtree(folder)
 
 
 def _header(

@@ -75,7 +75,7 @@ class Minari(Format):
                 `"observation,achieved_goal,desired_goal"`.
             infos: members of `infos` to keep as per-step extras, e.g. `"qpos,qvel"`.
             action_limit: actions lie within plus and minus this; 0 = the bounds of the metadata, or none.
-            fps: steps per second, which the format doesn't store.
+            fps: steps per second, which the format doesn't store; 0 = unknown, or what an export of ours has left.
         """
         main = _main(path) if path.is_dir() else path
         if main is None:
@@ -90,7 +90,7 @@ class Minari(Format):
             source.spec.action_low,
             source.spec.action_high,
         )
-        source.fps = fps
+        source.fps = fps or source.fps
         source.options = {"state": keys, "infos": as_names(infos), "action_limit": action_limit}
         if keys:
             source.episodes = _joined(source.episodes, keys)
@@ -226,7 +226,7 @@ def _read(main: Path, infos: list[str], action_limit: float) -> EpisodeSource:
     kept = {k: v for k, v in meta.items() if k not in ("observation_space", "action_space") and _is_plain(v)}
     return EpisodeSource(
         make_spec(obs, action_dim, low, high),
-        0.0,
+        float(meta.get("fps") or 0.0),
         f"minari {meta.get('dataset_id', main.name)}",
         episodes(),
         count=len(names),
@@ -307,6 +307,7 @@ def _metadata(store: EpisodeStore, steps: int, dataset_id: str, author: str) -> 
         "author": [author] if author else [],
         "description": f"Exported by robopost from {store.source}",
         "dataset_size": 0.0,
+        "fps": store.fps,
     }
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,6 +19,8 @@ from robopost.data.formats.common import (
     as_names,
     as_vectors,
     choose,
+    declare,
+    declared,
     h5_layout,
     is_image_shape,
     join_state,
@@ -35,6 +38,8 @@ from robopost.registry import FORMATS
 if TYPE_CHECKING:
     from robopost.data.store import EpisodeStore
 
+log = logging.getLogger(__name__)
+ROBOSUITE_FPS = 20.0
 GYM_TYPE = 2  # robomimic.envs.env_base.EnvType.GYM_TYPE
 
 
@@ -63,8 +68,8 @@ class Robomimic(Format):
         state: Names = "",
         mask: str = "",
         states: bool = False,
-        action_limit: float = 1.0,
-        fps: float = 20.0,
+        action_limit: float = 0.0,
+        fps: float = 0.0,
     ) -> EpisodeSource:
         """Open the file.
 
@@ -75,8 +80,9 @@ class Robomimic(Format):
                 `"robot0_eef_pos,robot0_eef_quat,robot0_gripper_qpos,object"`.
             mask: take only the demonstrations of this filter, e.g. `"train"`.
             states: keep the simulator states as the extra `states`.
-            action_limit: actions lie within plus and minus this (robomimic asks for 1); 0 = unbounded.
-            fps: control rate, which the format doesn't store; 20 Hz in robosuite's tasks.
+            action_limit: actions lie within plus and minus this; 0 = 1, which robomimic asks for, or the
+                bounds that an export of ours has left in the file.
+            fps: control rate; 0 = 20 Hz, as in robosuite's tasks, or the rate that an export of ours has left.
         """
         joined = as_names(state)
         with open_h5(path) as file:
@@ -98,9 +104,12 @@ class Robomimic(Format):
                     raise DataError(f"{path}: {names[0]} has no states. Fix: states=false")
                 extras["states"] = (tuple(first["states"].shape[1:]), "float64")
             env_args = _env_args(file, path)
+            rate, low, high = declared(file["data"].attrs, action_dim)
             masks = (
                 {name: set(_texts(item[:])) for name, item in file["mask"].items()} if "mask" in file else {}
             )
+        if action_limit or low is None:
+            low, high = symmetric(action_limit or 1.0)
         sparse = env_args.get("env_kwargs", {}).get("reward_shaping") is False
 
         def episodes() -> Iterator[Episode]:
@@ -145,8 +154,8 @@ class Robomimic(Format):
                     )
 
         return EpisodeSource(
-            make_spec(obs, action_dim, *symmetric(action_limit)),
-            fps,
+            make_spec(obs, action_dim, low, high),
+            fps or rate or ROBOSUITE_FPS,
             f"robomimic {path.name}",
             episodes(),
             count=len(names),
@@ -172,6 +181,8 @@ class Robomimic(Format):
         if not 0 <= valid < 1:
             raise DataError(f"valid={valid} must be at least 0 and below 1")
         h5py = require("h5py", "minari")
+        if max(map(abs, (*store.spec.action_low, *store.spec.action_high))) > 1:
+            log.warning("%s: actions may leave -1..1, the range robomimic trains in", store.path)
         env_args = store.metadata.get("env_args") or {
             "env_name": env_name,
             "type": GYM_TYPE,
@@ -185,6 +196,7 @@ class Robomimic(Format):
                     data = file.create_group("data")
                     data.attrs["env_args"] = json.dumps(env_args)
                     data.attrs["total"] = store.num_steps
+                    data.attrs.update(declare(store))
                     for index, episode in enumerate(store):
                         _write_demo(data.create_group(f"demo_{index}"), episode, final)
                         for mask in episode.metadata.get("masks", []):
