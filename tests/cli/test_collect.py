@@ -113,11 +113,11 @@ def test_number_of_environments_does_not_matter(tmp_path, settings):
 
 
 def test_noise_has_the_asked_size(tmp_path):
-    collect(config(tmp_path / "n.zarr", quality=0.0, noise=0.25, episodes=150, num_envs=75))
+    collect(config(tmp_path / "n.zarr", quality=0.0, noise=0.25, episodes=60, num_envs=60))
     with EpisodeStore.open(tmp_path / "n.zarr") as store:
         actions = np.concatenate([episode.action for episode in store])
-    assert abs(actions.std() - 0.25 * 2.0) < 0.04  # half the action range is 2
-    assert abs(actions.mean()) < 0.06
+    assert abs(actions.std() - 0.25 * 2.0) < 0.06  # half the action range is 2
+    assert abs(actions.mean()) < 0.1
 
 
 def test_seed_moves_every_episode(tmp_path):
