@@ -115,8 +115,9 @@ class CudaGraph:
                 return self._warm(args)
             self._capture(args)
         self._copy_in(args)
-        self._graph.replay()
+        assert self._graph is not None
         assert self._packed is not None
+        self._graph.replay()
         return dict(zip(self._keys, self._packed.clone().unbind(), strict=True))
 
     def _warm(self, args: tuple[Any, ...]) -> dict[str, Tensor]:

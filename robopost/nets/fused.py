@@ -64,8 +64,8 @@ def usable(net: nn.Sequential, x: Tensor) -> bool:
     # Linear layers alternate with ReLUs: a LayerNorm would stand where a ReLU should.
     if len(layers) % 2 == 0 or not all(isinstance(layer, nn.ReLU) for layer in layers[1::2]):
         return False
-    sizes = [layer.weight.shape[-2] * layer.weight.shape[-1] for layer in layers[::2]]
-    return max(sizes) * x.shape[0] >= MIN_WORK
+    weights = [layer.weight for layer in layers[::2] if isinstance(layer.weight, Tensor)]
+    return max(w.shape[-2] * w.shape[-1] for w in weights) * x.shape[0] >= MIN_WORK
 
 
 def mlp(net: nn.Sequential, x: Tensor, weights: list[Tensor] | None = None) -> Tensor:

@@ -164,6 +164,7 @@ class SAC(Algorithm):
             chunk, log_prob, _ = self.policy.sample(batch.next_obs, generator=self.generator)
             next_q = self.critic_target(batch.next_obs, chunk[:, 0])
             if self.config.entropy_in_target:
+                assert log_prob is not None
                 next_q = next_q - self.log_temperature.exp() * log_prob
             target = td_target(batch.reward, batch.discount, next_q, subset)
         q = self.critic(batch.obs, batch.action)
