@@ -27,6 +27,7 @@ EXTRAS = {
     "pusht": ("gym_pusht", "the Push-T environment"),
     "robotics": ("gymnasium_robotics", "Fetch and Adroit hand environments"),
     "isaaclab": ("isaaclab", "Isaac Lab environments"),
+    "hub": ("huggingface_hub", "policies by their repository id on the Hugging Face hub"),
     "wandb": ("wandb", "Weights & Biases tracking"),
     "trackio": ("trackio", "trackio tracking"),
 }
