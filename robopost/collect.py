@@ -44,6 +44,7 @@ class Actor(Protocol):
 
     def act(self, obs: Arrays) -> np.ndarray:
         """Actions (N, A) in environment units."""
+        ...
 
 
 @dataclass
@@ -208,7 +209,8 @@ def _wave(vec: VecEnv, actor: Actor, seed: int) -> list[Episode]:
     seeds = [seed + i for i in range(n)]
     obs = vec.reset(seed=seeds)
     actor.begin(seeds)
-    low, high = np.float32(vec.spec.action_low), np.float32(vec.spec.action_high)
+    low = np.array(vec.spec.action_low, np.float32)
+    high = np.array(vec.spec.action_high, np.float32)
     latest = (lambda value: value[:, -1]) if vec.history > 1 else (lambda value: value)
     rows: list[tuple[Arrays, np.ndarray, np.ndarray]] = []
     length, terminated = np.zeros(n, int), np.zeros(n, bool)
