@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# MuJoCo's compiled module has no type stubs.
+# pyright: reportAttributeAccessIssue=false
 """Batched MuJoCo in one process.
 
 `RolloutPhysics` steps N copies of a model on MuJoCo's threads; `MujocoVectorEnv` turns that into a Gymnasium
@@ -11,7 +13,6 @@ neighbours in the batch, on the number of threads, or on whether a state was res
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -24,15 +25,11 @@ from mujoco import rollout
 
 from robopost.errors import EnvError
 
+from .batching import check_actions, per_env_seeds
+from .threads import default_threads
+
 Array = np.ndarray
 FULLPHYSICS = int(mujoco.mjtState.mjSTATE_FULLPHYSICS)
-
-
-def available_cores() -> int:
-    """CPU cores this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 class RolloutPhysics:
@@ -55,7 +52,7 @@ class RolloutPhysics:
         if num_envs < 1 or nstep < 1:
             raise EnvError(f"num_envs={num_envs} and nstep={nstep} must be at least 1")
         self.model, self.num_envs, self.nstep = model, num_envs, nstep
-        threads = min(nthread or available_cores(), num_envs)
+        threads = min(nthread or default_threads(num_envs), num_envs)
         self.nthread = threads
         self._pool = rollout.Rollout(nthread=0 if threads == 1 else threads)
         self._models = [model] * num_envs
@@ -181,7 +178,8 @@ class MujocoVectorEnv(gym.vector.VectorEnv, ABC):
         self.num_envs = num_envs
         self.max_steps = max_steps
         self.physics = RolloutPhysics(model, num_envs, nstep, nthread)
-        self.single_observation_space, self.single_action_space = observation_space, action_space
+        self.single_observation_space = observation_space
+        self.single_action_space: gym.spaces.Box = action_space
         self.observation_space = batch_space(observation_space, num_envs)
         self.action_space = batch_space(action_space, num_envs)
         self.elapsed = np.zeros(num_envs, dtype=np.int64)
@@ -213,7 +211,8 @@ class MujocoVectorEnv(gym.vector.VectorEnv, ABC):
     ) -> tuple[dict[str, Array], dict[str, Any]]:
         """Start new episodes everywhere; without `seed` the random streams go on."""
         if seed is not None or not self.rngs:
-            self.rngs = self._seed(seed)
+            seeds = per_env_seeds(seed, self.num_envs)
+            self.rngs = [np.random.Generator(np.random.PCG64(value)) for value in seeds]
         indices = np.arange(self.num_envs)
         self.elapsed[:] = 0
         self._reset_envs(indices)
@@ -223,37 +222,17 @@ class MujocoVectorEnv(gym.vector.VectorEnv, ABC):
         """Info returned by `reset`."""
         return {}
 
-    def _seed(self, seed: int | list[int] | None) -> list[np.random.Generator]:
-        if seed is None:
-            sequence: list[Any] = list(np.random.SeedSequence().spawn(self.num_envs))
-        elif isinstance(seed, int | np.integer):
-            sequence = [int(seed) + index for index in range(self.num_envs)]
-        else:
-            sequence = list(seed)
-        if len(sequence) != self.num_envs:
-            raise EnvError(
-                f"reset got {len(sequence)} seeds for {self.num_envs} environments: give one per environment"
-            )
-        return [np.random.Generator(np.random.PCG64(item)) for item in sequence]
-
     def step(self, actions: Array) -> tuple[dict[str, Array], Array, Array, Array, dict[str, Any]]:
         """Advance every environment by one control step; actions outside the bounds are clipped.
 
         Raises:
             EnvError: an action has the wrong shape or is not finite, or the physics diverged.
         """
-        action = np.asarray(actions, dtype=np.float64)
-        if action.shape != self.action_space.shape:
-            raise EnvError(f"action has shape {action.shape}, expected {self.action_space.shape}")
-        if not np.isfinite(action).all():
-            bad = int(np.flatnonzero(~np.isfinite(action).all(axis=1))[0])
-            raise EnvError(
-                f"action of environment {bad} is not finite: {action[bad].tolist()}. Check the policy"
-            )
         if not self.rngs:
             raise EnvError("step was called before reset: call reset(seed=...) first")
         space = self.single_action_space
-        action = np.clip(action, space.low, space.high)  # type: ignore[attr-defined]
+        checked = check_actions(actions, self.num_envs, space.shape[0]).astype(np.float64)
+        action = np.clip(checked, space.low, space.high)
         self.physics.step_physics(self._control(action))
         self.elapsed += 1
         reward, terminated, info = self._evaluate(action)

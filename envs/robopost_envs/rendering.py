@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# MuJoCo's compiled module has no type stubs.
+# pyright: reportAttributeAccessIssue=false
 """Offscreen MuJoCo rendering that is fast on a CPU, and the choice of OpenGL without a display."""
 
 from __future__ import annotations

@@ -439,7 +439,7 @@ def test_bad_actions_are_refused():
     with pytest.raises(EnvError, match="before reset"):
         env.step(np.zeros((2, 3)))
     env.reset(seed=0)
-    with pytest.raises(EnvError, match="action of environment 1 is not finite"):
+    with pytest.raises(EnvError, match="action of environment 1, dimension 1 is nan"):
         env.step(np.array([[0, 0, 0], [0, np.nan, 0]]))
     with pytest.raises(EnvError, match=r"shape \(2, 4\), expected \(2, 3\)"):
         env.step(np.zeros((2, 4)))

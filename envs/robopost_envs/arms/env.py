@@ -1,4 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
+# MuJoCo's compiled module has no type stubs.
+# pyright: reportAttributeAccessIssue=false
 """The vector environment of the arm family."""
 
 from __future__ import annotations
@@ -99,13 +101,14 @@ class ArmVectorEnv(MujocoVectorEnv):
         self._lifted = np.zeros(n, bool)
         self._command = np.zeros(n, np.int64)
 
-    def _observation_spaces(self) -> dict[str, gym.spaces.Box]:
+    def _observation_spaces(self) -> dict[str, gym.Space[Any]]:
         config = self.config
         dummy = self._dummy_scene()
         arm = (9 if self._delta else 18) + self.task.gripper
         full = config.obs.startswith("state")
         size = arm + (sum(part.shape[1] for part in self.task.features(dummy)) if full else 0)
-        spaces = {"state": gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)}
+        spaces: dict[str, gym.Space[Any]] = {}
+        spaces["state"] = gym.spaces.Box(-np.inf, np.inf, (size,), np.float32)
         if config.image_size:
             spaces["image"] = gym.spaces.Box(0, 255, (config.image_size, config.image_size, 3), np.uint8)
         if self._language:
