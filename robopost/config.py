@@ -91,9 +91,10 @@ class LoopConfig:
 
 @dataclass
 class TrackConfig:
-    """JSONL and TensorBoard are always written; `also` names further trackers (wandb, trackio)."""
+    """JSONL is always written; `also` names further trackers (wandb, trackio)."""
 
     tensorboard: bool = True
+    console: bool = True  # a table per log interval and a progress bar; False trains in silence
     also: list[str] = field(default_factory=list)
     project: str = "robopost"
     video_episodes: int = 0  # episodes recorded to mp4 at each evaluation

@@ -190,7 +190,8 @@ def evaluate(
         raise ConfigError(
             f"eval: the environment stacks {vec.history} observations, the policy sees {policy.history}"
         )
-    name = env.name if isinstance(env, EnvConfig) else ""
+    # A gymnasium environment is one registered name with many ids.
+    name = str(getattr(env, "id", "") or env.name) if isinstance(env, EnvConfig) else ""
     training = policy.training
     policy.eval()
     report, close_bar = _progress(progress, episodes)

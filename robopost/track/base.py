@@ -112,7 +112,7 @@ def make_tracker(
     context = TrackContext(Path(run_dir), config.project, config_dict, resume_step, total)
     names = ["jsonl"]
     names += ["tensorboard"] if config.tensorboard else []
-    names += ["console"] if getattr(config, "console", True) else []
+    names += ["console"] if config.console else []
     names += [name for name in config.also if name not in names]
     targets = [TRACKERS.get(name).target for name in names]  # all names are checked before anything is opened
     opened: list[Tracker] = []

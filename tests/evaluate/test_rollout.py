@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import json
+from dataclasses import dataclass
 
 import gymnasium as gym
 import numpy as np
@@ -219,6 +220,15 @@ def test_json_round_trip_metrics_and_summary():
     assert metrics["eval/return"] == pytest.approx(result.returns.mean())
     assert metrics["eval/length"] == result.lengths.mean()
     assert result.summary()[0] == "success  50.0 % [23.7, 76.3]  (5 of 10)"
+
+
+def test_a_gymnasium_id_names_the_environment():
+    @dataclass
+    class WithId(EnvConfig):
+        id: str = ""
+
+    result = evaluate(Constant(SPEC), WithId(name="seeded_eval_test", id="Hopper-v5"), episodes=1, seed=0)
+    assert result.env == "Hopper-v5"
 
 
 def test_progress_reports_every_episode():

@@ -196,6 +196,14 @@ def test_trackio_call_contract(tmp_path, monkeypatch):
         ]
 
 
+def test_console_and_tensorboard_can_be_turned_off(tmp_path, capsys):
+    tracker = make_tracker(tmp_path, TrackConfig(tensorboard=False, console=False), {})
+    tracker.log(1, {"a": 1.0})
+    tracker.close()
+    assert capsys.readouterr().out == ""
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
 def test_seeds_of_a_run_keep_apart(tmp_path):
     assert TrackContext(tmp_path / "td3" / "seed_1").run_name == "td3-seed_1"
     assert TrackContext(tmp_path / "td3").run_name == "td3"
