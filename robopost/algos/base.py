@@ -127,19 +127,27 @@ class Algorithm(ABC):
                 elif isinstance(value, CudaGraph):
                     value.reset()  # loading has replaced the optimiser state the graph was captured with
         if tensors:
-            raise CheckpointError(f"checkpoint holds {sorted(tensors)[0]!r}, which {type(self).__name__} doesn't know")
+            raise CheckpointError(
+                f"checkpoint holds {sorted(tensors)[0]!r}, which {type(self).__name__} doesn't know"
+            )
 
 
 def _copy_into(target: Tensor, name: str, tensors: dict[str, Tensor]) -> None:
     if name not in tensors:
-        raise CheckpointError(f"checkpoint lacks {name!r}: it belongs to another algorithm, policy or version")
+        raise CheckpointError(
+            f"checkpoint lacks {name!r}: it belongs to another algorithm, policy or version"
+        )
     source = tensors.pop(name)
     if source.shape != target.shape:
-        raise CheckpointError(f"checkpoint has {name!r} of shape {tuple(source.shape)}, here it is {tuple(target.shape)}")
+        raise CheckpointError(
+            f"checkpoint has {name!r} of shape {tuple(source.shape)}, here it is {tuple(target.shape)}"
+        )
     target.copy_(source)
 
 
-def _load_optimizer(name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict) -> None:
+def _load_optimizer(
+    name: str, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict
+) -> None:
     if name not in plain:
         raise CheckpointError(f"checkpoint lacks the optimiser {name!r}: it belongs to another algorithm")
     slots: dict[int, dict[str, Tensor]] = {}

@@ -8,8 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
+from robopost.accel import configure
 from robopost.config import TrainConfig
 from robopost.errors import ConfigError
 from robopost.loops.offline import run_offline
@@ -41,8 +40,7 @@ def train(config: TrainConfig, command: str = "") -> Path:
         )
     if config.seeds < 1:
         raise ConfigError(f"seeds={config.seeds} must be at least 1")
-    if config.accel.threads:
-        torch.set_num_threads(config.accel.threads)
+    configure(config.accel)
     if config.resume and not Path(config.resume).is_dir():
         raise ConfigError(f"resume={config.resume!r} is not a run folder")
     folder = Path(config.resume or config.out or default_folder(config))

@@ -71,7 +71,8 @@ class Run:
             self.generators[name] = torch.Generator(device=self.device)
             self.generators[name].manual_seed(stream_seed(self.config.seed, index))
         self._sums: dict[str, Tensor] = {}
-        self._count = 0
+        self._counts: dict[str, int] = {}
+        self._updates = 0
         self._episodes: dict[str, list[float]] = {}
         self._timers: dict[str, float] = {}
         self._mark = time.perf_counter()
@@ -100,6 +101,7 @@ class Run:
         algo: Algorithm = entry.target(
             config.algo, policy, policy.spec, device=self.device, generator=self.generators["algo"]
         )
+        algo.accelerate(config.accel.mode)
         size = sum(parameter.numel() for parameter in policy.parameters())
         log.info(
             "%s on %s: policy %s, %.2fM parameters", entry.name, self.device, config.policy.name, size / 1e6
@@ -132,7 +134,9 @@ class Run:
         """Add the metrics of one update; tensors stay on their device until the next log line."""
         for key, value in metrics.items():
             self._sums[key] = self._sums[key] + value if key in self._sums else value.clone()
-        self._count += 1
+            # Counted per key: delayed actor updates report less often than critics.
+            self._counts[key] = self._counts.get(key, 0) + 1
+        self._updates += 1
 
     def record_episode(self, values: dict[str, float]) -> None:
         """Add the figures of one finished training episode, e.g. `train/return`."""
@@ -169,7 +173,7 @@ class Run:
         keys = sorted(self._sums)
         # One transfer for all metrics instead of one sync per value.
         values = torch.stack([self._sums[key].float().reshape(()) for key in keys]).tolist() if keys else []
-        line = {key: value / max(1, self._count) for key, value in zip(keys, values, strict=True)}
+        line = {key: value / self._counts[key] for key, value in zip(keys, values, strict=True)}
         for key, value in line.items():
             if not np.isfinite(value):
                 raise RobopostError(
@@ -180,10 +184,10 @@ class Run:
         seconds = time.perf_counter() - self._mark
         done = step - self._marked_step
         line |= {"time/steps_per_s": done / max(seconds, 1e-9)} | self._timers
-        if self._count:
-            line["time/updates_per_s"] = self._count / max(seconds, 1e-9)
+        if self._updates:
+            line["time/updates_per_s"] = self._updates / max(seconds, 1e-9)
         self.tracker.log(step, line)
-        self._sums, self._count, self._episodes, self._timers = {}, 0, {}, {}
+        self._sums, self._counts, self._updates, self._episodes, self._timers = {}, {}, 0, {}, {}
         self._mark, self._marked_step = time.perf_counter(), step
 
     def evaluate(self, algo: Algorithm, step: int) -> None:
