@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,9 @@ from robopost.data.indexing import last_flags, make_index, returns_to_go, take
 from robopost.data.layout import stats_keys
 from robopost.data.stats import Running, finite_problem, moments
 from robopost.errors import ConfigError, DataError, unknown
-from robopost.nets.norm import Normaliser
+
+if TYPE_CHECKING:
+    from robopost.nets.norm import Normaliser
 
 DEVICE_SHARE = 0.5  # of the free GPU memory that "auto" gives to a dataset
 

@@ -17,9 +17,9 @@ from robopost.config import EnvConfig
 from robopost.errors import ConfigError, EnvError
 from robopost.evaluate.statistics import Interval, bootstrap_mean, interquartile_mean, wilson
 from robopost.evaluate.video import Clip, Recorder, write_grid
-from robopost.loops.vector import Step, VecEnv, make_vec, to_torch
 from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
+from robopost.vector import Step, VecEnv, make_vec, to_torch
 
 MAX_PARALLEL = 32
 NO_LIMIT = 100_000  # steps after which an episode of an environment without a time limit counts as endless

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from robopost.errors import ConfigError, RobopostError
 
 if TYPE_CHECKING:
-    from robopost.loops.vector import VecEnv
+    from robopost.vector import VecEnv
 
 MAX_FRAMES = 500  # per episode; longer ones are shown faster, and the caption says so
 MAX_FPS = 50

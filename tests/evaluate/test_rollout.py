@@ -13,9 +13,9 @@ from robopost.data.batch import Spec
 from robopost.errors import ConfigError, EnvError
 from robopost.evaluate.rollout import EvalResult, evaluate
 from robopost.evaluate.statistics import wilson
-from robopost.loops.vector import VecEnv
 from robopost.policies.base import Policy
 from robopost.registry import ENVS
+from robopost.vector import VecEnv
 
 
 class Seeded(VectorEnv):
