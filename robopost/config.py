@@ -17,9 +17,9 @@ class EnvConfig:
     """
 
     name: str = ""
-    num_envs: int = 1
+    num_envs: int = 1  # parallel copies for training
     max_steps: int = 0  # time limit, 0 = the environment's own
-    obs_keys: list[str] = field(default_factory=list)  # empty = all the environment offers
+    obs_keys: list[str] = field(default_factory=list[str])  # empty = all the environment offers
 
     def __post_init__(self) -> None:
         if self.num_envs < 1:
@@ -34,7 +34,7 @@ class PolicyConfig:
     horizon: int = 1  # length of a predicted action chunk
     execute: int = 0  # steps executed before the next query, 0 = the whole chunk
     history: int = 1  # observations the policy sees
-    obs_keys: list[str] = field(default_factory=list)  # empty = all the environment offers
+    obs_keys: list[str] = field(default_factory=list[str])  # empty = all the environment offers
     normalise_obs: str = "meanstd"  # identity | meanstd | minmax, from the dataset; online runs without one: identity
     normalise_action: str = "bounds"  # identity | bounds | meanstd | minmax
 
@@ -51,10 +51,10 @@ class DataConfig:
     """Where recorded experience comes from; empty `path` = none."""
 
     path: str = ""  # a robopost store, or a file of any registered format (imported once into a store beside it)
-    format: str = "auto"
+    format: str = "auto"  # auto = detect; see `robopost data --help`
     episodes: int = 0  # use only the first N episodes, 0 = all
     device: str = "auto"  # auto = on the training device when it fits
-    reward_scale: float = 1.0
+    reward_scale: float = 1.0  # reward * scale + shift
     reward_shift: float = 0.0
     collect: int = 0  # episodes to record with the env's scripted expert at the start, when path is empty
     quality: float = 0.7  # of that expert, 0 (random) to 1
@@ -72,12 +72,12 @@ class DataConfig:
 class LoopConfig:
     """Lengths and intervals of a run, in updates (offline) or environment steps (off-policy, on-policy)."""
 
-    steps: int = 10_000
-    log_every: int = 500
+    steps: int = 10_000  # updates (offline) or environment steps
+    log_every: int = 500  # steps between log lines
     eval_every: int = 0  # 0 = only at the end
-    eval_episodes: int = 20
+    eval_episodes: int = 20  # per evaluation
     checkpoint_every: int = 0  # 0 = only at the end
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # newest ones kept
     buffer_size: int = 1_000_000  # transitions, off-policy
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class TrackConfig:
 
     tensorboard: bool = True
     console: bool = True  # a table per log interval and a progress bar; False trains in silence
-    also: list[str] = field(default_factory=list)
+    also: list[str] = field(default_factory=list[str])
     project: str = "robopost"
     video_episodes: int = 0  # episodes recorded to mp4 at each evaluation
 

@@ -136,7 +136,7 @@ class VecEnv:
             raise EnvError(
                 "the environment was made without a render mode. Fix: make it with render='rgb_array'"
             )
-        return list(frames)
+        return [np.asarray(frame) for frame in cast(Any, frames)]
 
     def close(self) -> None:
         """Free the environment."""
@@ -177,7 +177,7 @@ class VecEnv:
         for key, value in obs.items():
             # A finite sum is far cheaper than isfinite().all() and misses nothing that matters at float32 sizes.
             if value.dtype.kind == "f" and not np.isfinite(value.sum()):
-                bad = ~np.isfinite(value).reshape(len(value), -1).all(axis=1)
+                bad = np.asarray(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
                 if bad.any():
                     raise EnvError(f"{what} {key!r} holds NaN or infinity in environment {_first(bad)}")
 

@@ -80,9 +80,15 @@ def stack(rows: list[Batch]) -> Batch:
     pick_obs = lambda name: {  # noqa: E731
         key: torch.stack([getattr(row, name)[key] for row in rows]) for key in getattr(first, name)
     }
-    tensors = ("action", "reward", "terminated", "truncated", "discount", "chain", "log_prob")
+    pick_optional = lambda name: None if getattr(first, name) is None else pick(name)  # noqa: E731
     return Batch(
         obs=pick_obs("obs"),
+        action=pick("action"),
+        reward=pick("reward"),
         next_obs=pick_obs("next_obs"),
-        **{name: pick(name) for name in tensors if getattr(first, name) is not None},
+        terminated=pick("terminated"),
+        truncated=pick("truncated"),
+        discount=pick("discount"),
+        chain=pick_optional("chain"),
+        log_prob=pick_optional("log_prob"),
     )

@@ -108,12 +108,10 @@ class Normaliser(nn.Module):
 
     def batch(self, batch: Batch) -> Batch:
         """Normalise obs, next_obs and action of a batch: what `Algorithm.update` receives."""
-        return replace(
-            batch,
-            obs=self.obs(batch.obs),
-            next_obs=self.obs(batch.next_obs),
-            action=self.action(batch.action),
-        )
+        changed: dict[str, Any] = {"obs": self.obs(batch.obs), "next_obs": self.obs(batch.next_obs)}
+        if batch.extra is not None and "next_action" in batch.extra:
+            changed["extra"] = batch.extra | {"next_action": self.action(batch.extra["next_action"])}
+        return replace(batch, action=self.action(batch.action), **changed)
 
 
 def _affine(stats: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:

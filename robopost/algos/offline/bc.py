@@ -102,7 +102,9 @@ class BC(Algorithm):
     def _average(self) -> None:
         # A young average must not remember the initial weights: the decay grows as (1 + n) / (10 + n).
         decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.policy.parameters()), 1 - decay)
+        pairs = zip(self.ema.parameters(), self.policy.parameters(), strict=True)
+        for average, parameter in pairs:
+            average.lerp_(parameter, 1 - decay)
 
 
 def learning_rate(update: int, config: BCConfig) -> float:
