@@ -15,7 +15,7 @@ from robopost.nets.denoiser import build_denoiser
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.masked import masked_mean
 from robopost.policies.base import Policy
-from robopost.policies.flow import chunk_clip
+from robopost.policies.flow import chunk_clip, initial_noise
 from robopost.registry import POLICIES
 
 SAMPLERS = ("ddim", "ddpm")
@@ -30,7 +30,7 @@ class DiffusionConfig(EncodedConfig):
     horizon: int = 16
     normalise_action: str = "minmax"
     sampler: str = "ddim"  # ddim | ddpm
-    prediction: str = "epsilon"  # epsilon | sample | v_prediction
+    prediction: str = "sample"  # sample | epsilon | v_prediction: what the network gives
     train_steps: int = 100  # noise levels in training
     steps: int = 10  # denoising steps when sampling
     beta_schedule: str = "squaredcos_cap_v2"
@@ -53,8 +53,9 @@ class DiffusionConfig(EncodedConfig):
 class Diffusion(Policy):
     """Denoising diffusion over chunks (Chi et al. 2023; Ho et al. 2020, eq. 14; Song et al. 2021, eq. 12).
 
-    With `deterministic` the chunk comes from DDIM with eta = 0 and one noise tensor fixed with the weights,
-    whichever sampler is configured: the same observation always gives the same chunk.
+    With `deterministic` the chunk comes from DDIM with eta = 0, started at zero, whichever sampler is configured:
+    the same chunk for the same observation. Where demonstrations have several modes that is a compromise between
+    them, and a sample acts better.
     """
 
     registry_name = "diffusion"
@@ -73,9 +74,7 @@ class Diffusion(Policy):
         )
         self.clip = chunk_clip(config, spec)
         self.schedulers = {name: _scheduler(name, config, self.clip) for name in {config.sampler, "ddim"}}
-        self.register_buffer("fixed_noise", torch.randn(self.horizon, spec.action_dim))
         self.register_buffer("alphas", self.schedulers["ddim"].alphas_cumprod.clone(), persistent=False)
-        self.fixed_noise: Tensor
         self.alphas: Tensor
 
     def predict(self, x: Tensor, step: Tensor, cond: Tensor) -> Tensor:
@@ -88,10 +87,7 @@ class Diffusion(Policy):
         """Denoise from Gaussian noise; the chain holds every intermediate chunk, noise first."""
         cond = self.encoder(obs)
         batch, device = len(cond), cond.device
-        if deterministic:
-            x = self.fixed_noise.expand(batch, -1, -1)
-        else:
-            x = torch.randn(batch, *self.fixed_noise.shape, generator=generator, device=device)
+        x = initial_noise(cond, self.horizon, self.spec.action_dim, generator, deterministic)
         scheduler = self.schedulers["ddim" if deterministic else self.config.sampler]
         chain = [x]
         for step in scheduler.timesteps.tolist():
@@ -117,11 +113,13 @@ def _scheduler(name: str, config: DiffusionConfig, clip: float) -> Any:
     diffusers = require("diffusers", "diffusers")
     kind = {"ddim": diffusers.DDIMScheduler, "ddpm": diffusers.DDPMScheduler}[name]
     bounded = clip != float("inf")
+    # "trailing" starts at the noisiest level, where pure noise belongs; diffusers' default starts below it.
     options = {"set_alpha_to_one": True} if name == "ddim" else {}
     scheduler = kind(
         num_train_timesteps=config.train_steps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction,
+        timestep_spacing="trailing",
         clip_sample=bounded,
         clip_sample_range=clip if bounded else 1.0,
         **options,

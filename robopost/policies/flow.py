@@ -110,8 +110,6 @@ class Flow(Policy):
             times=2 if config.variant == "shortcut" else 1,
         )
         self.clip = chunk_clip(config, spec)
-        self.register_buffer("fixed_noise", torch.randn(self.horizon, spec.action_dim))
-        self.fixed_noise: Tensor
 
     def velocity(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor | float | None = None) -> Tensor:
         """Velocity (B, H, A) at `x` (B, H, A) and time `t` (B,), given encoded observations `cond` (B, D).
@@ -131,22 +129,16 @@ class Flow(Policy):
         level = -size.log2() / max(1, self.config.shortcut_finest.bit_length() - 1)
         return self.net(x, cond, t, level)
 
-    def noise(
-        self, batch: int, *, generator: torch.Generator | None = None, deterministic: bool = False
-    ) -> Tensor:
-        """x_0 (B, H, A)."""
-        if deterministic:
-            return self.fixed_noise.expand(batch, -1, -1)
-        return torch.randn(
-            batch, *self.fixed_noise.shape, generator=generator, device=self.fixed_noise.device
-        )
-
     def sample(
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Euler integration; the chain holds x_0 .. x_K before the final clip."""
+        """Euler integration; the chain holds x_0 .. x_K before the final clip.
+
+        `deterministic` starts at x_0 = 0 instead of Gaussian noise: the same chunk for the same observation. Where
+        demonstrations have several modes that is a compromise between them, and a sample acts better.
+        """
         cond = self.encoder(obs)
-        x = self.noise(len(cond), generator=generator, deterministic=deterministic)
+        x = initial_noise(cond, self.horizon, self.spec.action_dim, generator, deterministic)
         chain = [x]
         for k in range(self.grid.steps):
             x = x + self.velocity(x, self.grid.time(k, len(cond), x.device), cond) * self.grid.dt
@@ -187,6 +179,16 @@ class Flow(Policy):
         first = self.velocity(x, t, cond, half)
         second = self.velocity(x + first * half[:, None, None], t + half, cond, half)
         return (first + second) / 2
+
+
+def initial_noise(
+    cond: Tensor, horizon: int, action_dim: int, generator: torch.Generator | None, deterministic: bool
+) -> Tensor:
+    """Start of a generative chain (B, H, A) for conditions (B, D): Gaussian noise, or its mean."""
+    shape = (len(cond), horizon, action_dim)
+    if deterministic:
+        return torch.zeros(shape, device=cond.device)
+    return torch.randn(shape, generator=generator, device=cond.device)
 
 
 def chunk_clip(config: EncodedConfig, spec: Spec) -> float:

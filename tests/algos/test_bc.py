@@ -138,6 +138,16 @@ def test_padding_changes_nothing():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+def test_held_padding_is_learnt():
+    batch = make_batch()
+    algo = make(padding="hold", ema=0.0)
+    expected = algo.policy.bc_loss(batch.obs, batch.action, torch.ones_like(batch.chunk_mask), None).detach()
+    assert not torch.equal(
+        expected, algo.policy.bc_loss(batch.obs, batch.action, batch.chunk_mask, None).detach()
+    )
+    torch.testing.assert_close(algo.update(batch)["loss/bc"], expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("policy", ["flow", "gaussian"])
 def test_state_round_trip_continues_bitwise(policy):
     straight, resumed = make(policy), make(policy)
@@ -177,6 +187,7 @@ def test_single_actions_are_chunks_of_one():
         ({"ema": 1.0}, r"algo.ema=1.0 must lie in \[0, 1\)"),
         ({"batch_size": 0}, r"algo.batch_size=0"),
         ({"warmup": -1}, r"algo.warmup=-1"),
+        ({"padding": "holds"}, r"Did you mean 'hold'"),
     ],
 )
 def test_values_out_of_range_are_refused(options, message):

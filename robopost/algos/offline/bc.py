@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Spec
-from robopost.errors import ConfigError
+from robopost.errors import ConfigError, unknown
 from robopost.policies.base import Policy
 from robopost.registry import ALGOS
+
+PADDINGS = ("mask", "hold")
 
 
 @dataclass
@@ -31,8 +33,13 @@ class BCConfig(AlgoConfig):
     decay_steps: int = 0  # updates until the cosine reaches 0; 0 = constant after the warm-up
     grad_clip: float = 1.0  # largest gradient norm, 0 = off
     ema: float = 0.999  # decay of the exported average of the weights, 0 = export the last weights
+    padding: str = (
+        "mask"  # chunks behind an episode's end: mask = don't count | hold = repeat the last action
+    )
 
     def __post_init__(self) -> None:
+        if self.padding not in PADDINGS:
+            raise unknown("algo.padding", self.padding, PADDINGS)
         if self.batch_size < 1:
             raise ConfigError(f"algo.batch_size={self.batch_size} must be at least 1")
         if self.lr <= 0:
@@ -81,7 +88,11 @@ class BC(Algorithm):
         rate = learning_rate(self.updates, self.config)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss = self.policy.bc_loss(batch.obs, *chunk_of(batch), self.generator)
+        action, mask = chunk_of(batch)
+        if self.config.padding == "hold":
+            # Batches repeat the last action behind the end: right to learn where actions are position targets.
+            mask = torch.ones_like(mask)
+        loss = self.policy.bc_loss(batch.obs, action, mask, self.generator)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         metrics = {"loss/bc": loss.detach()}
