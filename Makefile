@@ -5,10 +5,10 @@ BIN := .venv/bin
 JOBS ?= 2
 export MUJOCO_GL ?=
 
-.PHONY: help setup demo test lint types unit lerobot wheel docs clean
+.PHONY: help setup demo test lint types unit mujoco4 lerobot wheel clean
 
 help: ## this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+	@grep -E '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
 
 setup: ## create .venv with everything the tests and the demo need
 	@bash scripts/system_libraries.sh $(PYTHON)
@@ -17,7 +17,7 @@ setup: ## create .venv with everything the tests and the demo need
 demo: setup ## demonstrations -> policy -> fine-tuned -> evaluated, with report and video (about 6 minutes)
 	@$(BIN)/robopost demo
 
-test: lint types unit lerobot wheel ## everything continuous integration runs
+test: lint types unit mujoco4 lerobot wheel ## everything continuous integration runs
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
@@ -27,6 +27,9 @@ types: setup
 
 unit: setup ## the test suite in .venv
 	@$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --ignore tests/lerobot
+
+mujoco4: setup ## the environments once more on the newest MuJoCo
+	@bash scripts/test_mujoco4.sh
 
 lerobot: setup ## LeRobot datasets written and read through the lerobot package, in its own environment
 	@PYTHON=$(PYTHON) bash tests/envs/make_lerobot_env.sh

@@ -22,7 +22,8 @@ def main(argv: Sequence[str]) -> int:
         "demo",
         "Records imperfect demonstrations of a scripted expert on arm_push, clones a flow policy from them,\n"
         "improves it by reinforcement learning on real physics, evaluates both on the same start states,\n"
-        "and writes an HTML report with a side-by-side video. Interrupted, the same command goes on with the stage it stopped in.",
+        "and writes an HTML report with a side-by-side video. Interrupted, the same command goes on with the\n"
+        "stage it stopped in.",
         EXAMPLES,
         notes=settings("demo") if {"-h", "--help"} & set(argv) else "",
     )
