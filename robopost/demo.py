@@ -30,6 +30,12 @@ def run_demo(config: DemoConfig, say: Say = lambda text: None) -> dict[str, Any]
     Returns:
         `{"before": ..., "after": ..., "gain": ..., "seconds": {...}}`, also written to `demo.json`.
     """
+    lines: list[str] = []
+
+    def tell(text: str) -> None:
+        lines.append(text)
+        say(text)
+
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     _check_same(config, out / "demo_config.json")
@@ -37,9 +43,9 @@ def run_demo(config: DemoConfig, say: Say = lambda text: None) -> dict[str, Any]
 
     def stage(name: str, done: Callable[[], bool], work: Callable[[], Any]) -> None:
         if done():
-            say(f"{name}: done before")
+            tell(f"== {name}: done before")
             return
-        say(name)
+        tell(f"== {name}")
         began = time.perf_counter()
         work()
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - began, 2)
@@ -82,6 +88,9 @@ def run_demo(config: DemoConfig, say: Say = lambda text: None) -> dict[str, Any]
     stage("writing the report", lambda: False, lambda: _report(config, out, results))
     summary["seconds"] = seconds
     summary["wall_seconds"] = round(sum(seconds.values()), 1)
+    for line in _lines(config, results, summary):
+        tell(line)
+    summary["output"] = lines
     (out / "demo.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -122,6 +131,18 @@ def _summary(config: DemoConfig, results: dict[str, EvalResult], seconds: dict[s
         "gain": after.value - before.value,
         "intervals_apart": after.low > before.high,
     }
+
+
+def _lines(config: DemoConfig, results: dict[str, EvalResult], summary: dict[str, Any]) -> list[str]:
+    """What the demo says at its end."""
+    lines = []
+    for name, result in results.items():
+        success = result.success()
+        assert success is not None, "arm_push has a success predicate"
+        lines.append(f"{name:<8}success {success.text(percent=True)} of {config.eval_episodes} episodes")
+    lines.append(f"gain    {100 * summary['gain']:+.0f} points in {summary['wall_seconds']:.0f} s")
+    lines.append("report  report.html" + (", before_after.mp4" if config.video_episodes else ""))
+    return lines
 
 
 def _report(config: DemoConfig, out: Path, results: dict[str, EvalResult]) -> None:

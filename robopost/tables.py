@@ -6,6 +6,7 @@ replaced. NAME is one of
 
     ppo            everything of results/*/ppo.json: its tables, its figures, where they come from
     ppo/figures    only the figures          ppo/cells    the raw cells          ppo/TABLE    one table
+    ppo/output     what the command of the first cell printed, where the benchmark keeps it
     *              the figures of all benchmarks, with their targets
 """
 
@@ -88,9 +89,20 @@ def render_block(spec: str, results_dir: Path) -> str:
         return figure_table(data["figures"]) + "\n\n" + source_line(data)
     if part == "cells":
         return _cells(data) + "\n\n" + source_line(data)
+    if part == "output":
+        return _output(data)
     if part not in tables:
         raise unknown(f"table of {path.name}", part, [*tables, "figures", "cells"])
     return _table(tables[part]) + "\n\n" + source_line(data)
+
+
+def _output(data: dict[str, Any]) -> str:
+    """The lines stored under `output` in the first cell that has them, as a code block."""
+    for row in data["rows"]:
+        lines = (row.get("result") or {}).get("output")
+        if lines:
+            return "\n".join(["```text", *lines, "```"])
+    return "*No output stored.*"
 
 
 def figure_table(figures: list[dict[str, Any]]) -> str:

@@ -32,22 +32,13 @@ def main(argv: Sequence[str]) -> int:
 
     from robopost.compose import compose
     from robopost.demo import run_demo
-    from robopost.evaluate.statistics import Interval
 
     setup_logging()
     config = compose(args.overrides, "demo", config_dirs=args.config_dir)
     out = console()
     try:
-        summary = run_demo(config, say=lambda text: out.print(f"== {text}", markup=False))
+        run_demo(config, say=lambda text: out.print(text, markup=False, highlight=False))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"resume with: robopost demo {shlex.join(argv)}") from None
-    for name in ("before", "after"):
-        success = Interval(**summary[name]["success"])
-        out.print(
-            f"{name:<7} success {success.text(percent=True)} of {config.eval_episodes} episodes", markup=False
-        )
-    out.print(f"gain    {100 * summary['gain']:+.0f} points in {summary['wall_seconds']:.0f} s", markup=False)
-    out.print(f"report  {config.out}/report.html", markup=False)
-    if config.video_episodes:
-        out.print(f"video   {config.out}/before_after.mp4", markup=False)
+    out.print(f"folder  {config.out}", markup=False)
     return 0
