@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Make the LeRobot test environment: .venv-lerobot in the checkout. Does nothing when it is there with these pins.
 #
-#   PYTHON               interpreter to build it with, Python 3.11 (default: python3.11)
+#   PYTHON               interpreter to build it with; python3.11 where that is unset or another version
 #   ROBOPOST_ENV_CACHE   folder to keep environments in, by the hash of their pins, so that further checkouts link to
 #                        one that is already built (default: none, the environment is made in the checkout)
 set -eu
@@ -10,15 +10,18 @@ set -eu
 root=$(CDPATH= cd -- "$(dirname -- "$0")/../.." && pwd)
 pins="$root/tests/envs/lerobot-requirements.txt"
 link="$root/.venv-lerobot"
-python=${PYTHON:-python3.11}
 
 say() { printf 'lerobot environment: %s\n' "$*"; }
 die() { say "$*" >&2; exit 1; }
 
-command -v "$python" >/dev/null 2>&1 || die "$python not found. Fix: install Python 3.11 or set PYTHON"
-version=$("$python" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])')
-case $version in 3.11.*) ;; *) die "$python is Python $version, it must be 3.11. Fix: set PYTHON" ;; esac
-hash=$( { cat "$pins" "$0"; echo "$version"; } | "$python" -c \
+version_of() { "$1" -c 'import sys; print("%d.%d.%d" % sys.version_info[:3])' 2>/dev/null || true; }
+version=
+for python in "${PYTHON:-python3.11}" python3.11 python3; do
+  version=$(version_of "$python")
+  case $version in 3.11.*) break ;; esac
+done
+case $version in 3.11.*) ;; *) die "no Python 3.11 found. Fix: install it, or set PYTHON to its interpreter" ;; esac
+hash=$( { cat "$pins"; echo "$version"; } | "$python" -c \
   'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest()[:16])')
 
 ready() { [ -x "$1/bin/python" ] && [ "$(cat "$1/.pins" 2>/dev/null)" = "$hash" ]; }
