@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.config import AlgoConfig
-from robopost.data.batch import Batch, Spec
+from robopost.data.batch import Batch, Obs, Spec
 from robopost.errors import ConfigError, unknown
+from robopost.nets.flat import Flat, adam, frozen_copy, set_lr
 from robopost.policies.base import Policy
 from robopost.registry import ALGOS
 
@@ -57,6 +56,7 @@ class BC(Algorithm):
 
     registry_name = "bc"
     regime = "offline"
+    steps = ("fit",)
 
     def __init__(
         self,
@@ -69,14 +69,19 @@ class BC(Algorithm):
     ) -> None:
         super().__init__(config, policy, spec, device=device, generator=generator)
         self.config: BCConfig = config
-        self.trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-        if not self.trained:
-            raise ConfigError(f"policy {policy.registry_name!r} has no weights to train")
-        self.optimizer = torch.optim.AdamW(
-            self.trained, lr=config.lr, weight_decay=config.weight_decay, fused=True
+        self._flat = Flat(policy)
+        self.optimizer = adam(
+            self._flat,
+            config.lr,
+            scheduled=True,
+            weight_decay=config.weight_decay,
+            decoupled_weight_decay=True,
         )
         if config.ema:
-            self.ema = averaged_copy(policy)
+            self.ema, self._ema_flat = frozen_copy(policy)
+            self.ema.eval()
+            # Shared, so that a later fit of the normaliser reaches both.
+            self.ema.normaliser = policy.normaliser
 
     @property
     def needs(self) -> Needs:
@@ -86,36 +91,30 @@ class BC(Algorithm):
     def update(self, batch: Batch) -> Metrics:
         """One gradient step on `obs` (B, ...), `action` (B, H, A) and `chunk_mask` (B, H) of the batch."""
         rate = learning_rate(self.updates, self.config)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+        set_lr(self.optimizer, rate)
         action, mask = chunk_of(batch)
         if self.config.padding == "hold":
             # Batches repeat the last action behind the end: right to learn where actions are position targets.
             mask = torch.ones_like(mask)
-        loss = self.policy.bc_loss(batch.obs, action, mask, self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        metrics = {"loss/bc": loss.detach()}
-        if self.config.grad_clip:
-            metrics["grad/norm"] = nn.utils.clip_grad_norm_(self.trained, self.config.grad_clip).detach()
-        self.optimizer.step()
+        metrics = self.fit(batch.obs, action, mask)
         self.updates += 1
-        metrics["lr"] = torch.tensor(rate)
         if self.config.ema:
-            self._average()
-        return metrics
+            # A young average must not remember the initial weights: the decay grows as (1 + n) / (10 + n).
+            decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
+            self._ema_flat.lerp(self._flat, 1 - decay)
+        return metrics | {"lr": torch.full((), rate, device=self.device)}
+
+    def fit(self, obs: Obs, chunk: Tensor, mask: Tensor) -> Metrics:
+        """One step of AdamW on the policy's cloning loss; a pure function of tensors."""
+        loss = self.policy.bc_loss(obs, chunk, mask, self.generator)
+        self._flat.backward(loss)
+        norm = self._flat.clip(self.config.grad_clip or math.inf)
+        self.optimizer.step()
+        return {"loss/bc": loss.detach(), "grad/norm": norm}
 
     def export_policy(self) -> Policy:
         """The averaged policy, or the trained one without averaging."""
         return self.ema if self.config.ema else self.policy
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        # A young average must not remember the initial weights: the decay grows as (1 + n) / (10 + n).
-        decay = min(self.config.ema, (1 + self.updates) / (10 + self.updates))
-        pairs = zip(self.ema.parameters(), self.policy.parameters(), strict=True)
-        for average, parameter in pairs:
-            average.lerp_(parameter, 1 - decay)
 
 
 def learning_rate(update: int, config: BCConfig) -> float:
@@ -132,10 +131,3 @@ def chunk_of(batch: Batch) -> tuple[Tensor, Tensor]:
     if batch.chunk_mask is not None:
         return action, batch.chunk_mask
     return action, torch.ones(action.shape[:2], dtype=torch.bool, device=action.device)
-
-
-def averaged_copy(policy: Policy) -> Any:
-    """Frozen copy of `policy` that shares its normaliser, so that later fits reach both."""
-    twin = copy.deepcopy(policy).requires_grad_(False).eval()
-    twin.normaliser = policy.normaliser
-    return twin
