@@ -31,8 +31,16 @@ FILE = DATA / "adroit" / "door_human_demos.npz"
 EVAL_SEED = 10_000
 CASES = {
     "deterministic": ["policy=deterministic", "policy.hidden=[256,256]"],
-    "gaussian": ["policy=gaussian", "policy.hidden=[256,256]"],
-    "flow": ["policy=flow", "policy.width=256", "policy.depth=3", "policy.horizon=8", "policy.execute=4"],
+    "gaussian": ["policy=gaussian", "policy.hidden=[256,256]", "policy.squash=false"],
+    "flow": [
+        "policy=flow",
+        "policy.width=256",
+        "policy.depth=3",
+        "policy.horizon=16",
+        "policy.execute=8",
+        "policy.history=2",
+        "algo.padding=hold",  # actions are joint positions
+    ],
 }
 HEADLINE = "flow"
 LIMITS = (200, 300)
