@@ -49,6 +49,7 @@ class Policy(nn.Module, ABC):
         False  # True where the normaliser came with loaded weights and must not be refitted
     )
     wraps_env: ClassVar[bool] = False  # True where the policy adds observations, see `wrap_env`
+    own_keys: ClassVar[tuple[str, ...]] = ()  # the observations it adds, which no environment has to offer
 
     def __init__(self, config: Any, spec: Spec) -> None:
         super().__init__()

@@ -84,6 +84,8 @@ def load_pretrained(path: str | Path, spec: Spec | None = None, device: torch.de
 def check_fits(policy: Policy, spec: Spec, what: str) -> None:
     """Raise ConfigError where `policy` can't act in `spec`: other keys, shapes or actions."""
     for key in policy.obs_keys:
+        if key in policy.own_keys:
+            continue
         wanted = tuple(policy.spec.obs[key][0])
         if key not in spec.obs:
             raise ConfigError(f"{what} observes {key!r}, the environment offers {', '.join(spec.obs)}")

@@ -6,6 +6,7 @@ The correction starts at exactly zero, so training starts from the base policy's
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from robopost.artefacts.checkpoint import load_policy
+from robopost.artefacts.checkpoint import find_policy, load_json, load_policy
 from robopost.compose import policy_config_from_dict, to_dict
 from robopost.data.batch import Obs, Spec
 from robopost.data.dataset import Dataset
-from robopost.errors import ConfigError
+from robopost.errors import CheckpointError, ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.mlp import MLP
 from robopost.policies.base import Policy, build_policy
@@ -49,6 +50,11 @@ class ResidualConfig(EncodedConfig):
             )
         if self.horizon != 1 or self.execute not in (0, 1):
             raise ConfigError("policy.horizon of a residual policy is 1: it corrects every executed step")
+        if self.base and not self.base_config:
+            # Loops stack the history that the config names, before the policy exists.
+            with contextlib.suppress(CheckpointError):  # building the policy names what is wrong
+                stored = load_json(find_policy(self.base) / "policy.json")["config"]
+                self.history = int(stored.get("history", 1))
 
 
 @POLICIES.register("residual", config=ResidualConfig)
@@ -61,6 +67,7 @@ class ResidualPolicy(Policy):
 
     registry_name = "residual"
     wraps_env = True
+    own_keys = (BASE_ACTION,)
     normaliser_fixed = True  # the base policy's
 
     def __init__(self, config: ResidualConfig, spec: Spec) -> None:
@@ -90,11 +97,20 @@ class ResidualPolicy(Policy):
         self._runner: StepPolicy | None = None
 
     def _copy_normaliser(self, base: Policy) -> None:
-        source = base.normaliser.state_dict()
-        for key, tensor in self.normaliser.state_dict().items():
-            if key in source:
-                tensor.copy_(source[key])
-        self.normaliser.provenance = dict(base.normaliser.provenance)
+        """Observations as the base sees them; actions where it maps a range to [-1, 1], else the spec's bounds."""
+        source, target = base.normaliser.state_dict(), self.normaliser.state_dict()
+        provenance = dict(base.normaliser.provenance)
+        ranged = (provenance.get("action") == "minmax") or (
+            provenance.get("action") == "bounds" and base.spec.bounded
+        )
+        wanted = [key for key in source if key.startswith("obs_") and key in target]
+        wanted += ["action_shift", "action_scale"] if ranged else []
+        for key in wanted:
+            target[key].copy_(source[key])
+        # Critics read the base action too: in the units of the actions beside it.
+        target[f"obs_shift_{BASE_ACTION}"].copy_(target["action_shift"])
+        target[f"obs_scale_{BASE_ACTION}"].copy_(target["action_scale"])
+        self.normaliser.provenance = provenance | ({} if ranged else {"action": "bounds"})
 
     def sample(
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
@@ -103,7 +119,6 @@ class ResidualPolicy(Policy):
         base = obs[BASE_ACTION]
         if base.dim() == 3:  # a history of base actions: the newest is the one to correct
             base = base[:, -1]
-        base = self.normaliser.action(base)
         features = torch.cat([self.encoder(obs), base], dim=-1)
         correction = self.config.scale * torch.tanh(self.net(features))
         return (base + correction).clamp(-1.0, 1.0)[:, None], None, None
@@ -161,9 +176,10 @@ class ResidualPolicy(Policy):
                 {k: v.to(self.device) for k, v in obs.items()}, deterministic=True
             ).chunk.cpu()
             for offset in range(self.base.execute):
-                at = (part + offset).clamp_max(len(first) - 1)
-                same = (asked[at] == part).cpu()
-                labels[at.cpu()[same]] = chunk[same, offset]
+                at = part + offset
+                inside = at < len(first)
+                same = inside & (asked[at.clamp_max(len(first) - 1)] == part)
+                labels[at[same].cpu()] = chunk[same.cpu(), offset]
         return demos.with_obs(BASE_ACTION, labels)
 
     def _with_history(self, action: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from robopost.errors import ConfigError
 from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
 from robopost.policies.flow import Flow, FlowConfig
+from robopost.policies.pretrained import load_pretrained
 from robopost.policies.residual import BASE_ACTION, BaseActionEnv, ResidualConfig, ResidualPolicy
 from robopost.vector import VecEnv
 
@@ -104,7 +105,7 @@ def test_demonstrations_are_labelled_as_if_executed():
     torch.nn.Module.__init__(policy)
     policy.base, policy.spec, policy.history, policy.normaliser = base, SPEC, 1, base.normaliser
     episodes = []
-    for length, terminated in ((5, False), (6, True), (3, False)):
+    for length, terminated in ((5, False), (6, True), (5, False)):
         frames = np.stack([np.arange(length + 1), np.zeros(length + 1)], 1).astype(np.float32)
         action, reward = np.zeros((length, 1), np.float32), np.zeros(length, np.float32)
         episodes.append(Episode({"state": frames}, action, reward, terminated, not terminated))
@@ -120,6 +121,43 @@ def test_warm_up_stays_near_the_base_action(residual):
     action = residual.random_action({"state": torch.randn(200, 3), BASE_ACTION: base}, generator)
     change = action / residual.normaliser.action_scale
     assert 0.15 < change.abs().max() <= 0.2
+
+
+@pytest.mark.parametrize("mode", ["bounds", "minmax", "meanstd", "identity"])
+def test_zero_start_whatever_the_base_actions_are_normalised_by(mode, tmp_path):
+    spec = Spec({"state": ((3,), "float32")}, 2, (0.0, -512.0), (8.0, 512.0), 50)
+    torch.manual_seed(0)
+    base = Flow(FlowConfig(horizon=4, steps=2, width=16, depth=1, normalise_action=mode), spec)
+    for parameter in base.parameters():
+        parameter.data.mul_(3.0)
+    action = {"mean": [4.0, 0.0], "std": [0.5, 90.0], "min": [1.0, -400.0], "max": [7.0, 400.0], "count": 9}
+    base.normaliser.fit({"action": action}, obs="identity", action=mode)
+    save_folder(tmp_path / "base", policy_files(base))
+    residual = ResidualPolicy(ResidualConfig(base=str(tmp_path / "base"), hidden=[16]), spec)
+    obs = {"state": 3 * torch.randn(200, 3)}
+    wanted = StepPolicy(base, 200).act(obs, deterministic=True)
+    assert torch.allclose(residual.act(obs).chunk[:, 0], wanted, atol=1e-3)
+    # Critics see the base action in the units of the actions beside it, whatever the environment's are.
+    seen = residual.normaliser.obs(obs | {BASE_ACTION: wanted})[BASE_ACTION]
+    assert torch.equal(seen, residual.normaliser.action(wanted))
+    assert seen.abs().max() <= 1 + 1e-6
+
+
+def test_loops_are_told_the_history_of_the_base(tmp_path):
+    base = Flow(FlowConfig(horizon=4, steps=2, width=16, depth=1, history=2), SPEC)
+    save_folder(tmp_path / "base", policy_files(base))
+    assert ResidualConfig(base=str(tmp_path / "base")).history == 2
+    assert ResidualConfig(base=str(tmp_path / "none")).history == 1
+
+
+def test_environments_need_not_offer_the_base_action(residual, tmp_path):
+    save_folder(tmp_path / "saved", policy_files(residual))
+    spec = Spec({"state": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0), 50)
+    assert load_pretrained(tmp_path / "saved", spec).act({"state": torch.zeros(2, 3)}).chunk.shape == (
+        2,
+        1,
+        2,
+    )
 
 
 def test_only_the_correction_is_trainable(residual):
