@@ -7,12 +7,14 @@ import errno
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
+from safetensors.numpy import load_file as load_numpy
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -98,8 +100,17 @@ def load_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
     Raises:
         CheckpointError: the file is missing or corrupt.
     """
+    return _load(path, lambda: load_file(path, device=str(device)))
+
+
+def load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Read a safetensors file as numpy arrays; errors as in `load_tensors`."""
+    return _load(path, lambda: load_numpy(path))
+
+
+def _load(path: Path, read: Callable[[], Any]) -> Any:
     try:
-        return load_file(path, device=str(device))
+        return read()
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (SafetensorError, OSError) as error:

@@ -109,7 +109,9 @@ def _stored(run: Path) -> tuple[TrainConfig, int]:
         folders = sorted(run.glob("seed_*/config.json"), key=lambda item: int(item.parent.name[5:]))
         if not folders:
             raise CheckpointError(f"resume={run} holds no config.json: it is not a run folder")
-        path, seeds = folders[0], len(folders)
+        # A run that was killed has no folder yet for its last seeds.
+        path = folders[0]
+        seeds = int(load_json(path.with_name("provenance.json")).get("seeds", len(folders)))
     config = from_dict(load_json(path))
     return config, seeds
 

@@ -7,10 +7,25 @@ from collections.abc import Sequence
 
 import torch
 
-from robopost.data.batch import Batch, concat
+from robopost.data.batch import Batch, Spec, concat
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError, DataError
+
+
+def check_same_task(env: Spec, demos: Spec) -> None:
+    """Raise DataError where demonstrations have other keys, shapes or actions than the environment."""
+    for key, declared in env.obs.items():
+        if demos.obs.get(key) != declared:
+            raise DataError(
+                f"the environment has {key!r} {declared}, the demonstrations {demos.obs.get(key)}. "
+                "Fix: choose common keys with env.obs_keys"
+            )
+    if env.action_dim != demos.action_dim:
+        raise DataError(
+            f"actions of the environment have {env.action_dim} dimensions, "
+            f"those of the demonstrations {demos.action_dim}"
+        )
 
 
 class MixedSampler:
@@ -25,18 +40,7 @@ class MixedSampler:
         """
         if not 0.0 <= fraction <= 1.0:
             raise ConfigError(f"algo.demo_fraction={fraction} must lie in 0..1")
-        for key, declared in buffer.spec.obs.items():
-            if dataset.spec.obs.get(key) != declared:
-                raise DataError(
-                    f"the environment has {key!r} {declared}, "
-                    f"the demonstrations {dataset.spec.obs.get(key)}. "
-                    "Fix: choose common keys with env.obs_keys"
-                )
-        if buffer.spec.action_dim != dataset.spec.action_dim:
-            raise DataError(
-                f"actions of the environment have {buffer.spec.action_dim} dimensions, "
-                f"those of the demonstrations {dataset.spec.action_dim}"
-            )
+        check_same_task(buffer.spec, dataset.spec)
         self.buffer = buffer
         self.dataset = dataset
         self.fraction = fraction

@@ -44,21 +44,34 @@ def train(config: TrainConfig, command: str = "") -> Path:
     if config.resume and not Path(config.resume).is_dir():
         raise ConfigError(f"resume={config.resume!r} is not a run folder")
     folder = Path(config.resume or config.out or default_folder(config))
-    if not config.resume and (folder / "config.json").exists():
+    if not config.resume and holds_run(folder):
         raise ConfigError(
             f"out={folder} already holds a run. Fix: resume={folder} to go on with it, or another out="
+        )
+    if config.env is None and ALGOS.get(config.algo.name).target.regime != "offline":
+        raise ConfigError(
+            f"algo={config.algo.name} learns in an environment and env is empty. Fix: env=<name>"
         )
     # algo.needs may depend on the built algorithm; the regime doesn't, and picks the loop before anything is built.
     loop = LOOPS[ALGOS.get(config.algo.name).target.regime]
     seeds = range(config.seed, config.seed + config.seeds)
     for seed in seeds:
         place = folder / f"seed_{seed}" if config.seeds > 1 else folder
-        run = Run(replace(with_seed(config, seed), out=str(place)), place, command)
+        run = Run(replace(with_seed(config, seed), out=str(place)), place, command, config.seeds)
         try:
             loop(run)
+        except Exception:
+            run.close()
+            run.discard()
+            raise
         finally:
             run.close()
     return folder
+
+
+def holds_run(folder: Path) -> bool:
+    """True where `folder` is a run folder, or one of a run over several seeds."""
+    return (folder / "config.json").exists() or any(folder.glob("seed_*/config.json"))
 
 
 def default_folder(config: TrainConfig) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
 
+from robopost.artefacts.checkpoint import load_arrays
 from robopost.loops.run import Files, Run, stream_seed
 from robopost.vector import Arrays, Step, VecEnv
 
@@ -38,7 +38,7 @@ class Collector:
             self._resets = int(state["resets"]) if state is not None else 0
             self._reset()
             return
-        arrays = load_file(Path(state["checkpoint"]) / "env.safetensors")
+        arrays = load_arrays(Path(state["checkpoint"]) / "env.safetensors")
         self._resets = int(state["resets"])
         split = lambda prefix: {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
         # A reset first: it creates what the environment allocates lazily.

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from robopost.config import TrainConfig
+from robopost.data.batch import Spec
 from robopost.data.dataset import Dataset
-from robopost.errors import ConfigError
+from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.run import Files, Run
+from robopost.policies.base import Policy
+from robopost.vector import make_vec
 
 
 def run_offline(run: Run) -> None:
@@ -21,7 +25,15 @@ def run_offline(run: Run) -> None:
     dataset = Dataset.load(config.data, device=run.device)
     algo = run.build(dataset.spec, dataset.stats, dataset.dataset_id)
     needs = algo.needs
-    run.prepare(algo)
+    if config.env is not None:
+        _check_env(config, algo.policy, dataset.spec)
+    state = run.prepare(algo)
+    if state is not None and state["dataset"] != dataset.dataset_id:
+        raise CheckpointError(
+            f"{config.data.path} has changed since {run.folder} was trained on it. "
+            "Fix: restore it, or start a new run with out=<folder>"
+        )
+    dataset = algo.policy.label_demos(dataset)
     # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
     dataset = dataset.normalise(algo.policy.normaliser)
     generator = run.generators["data"]
@@ -36,7 +48,30 @@ def run_offline(run: Run) -> None:
             )
         else:
             batch = dataset.sample(
-                needs.batch_size, generator, n_step=needs.n_step, gamma=needs.gamma, extra=needs.extra
+                needs.batch_size,
+                generator,
+                n_step=needs.n_step,
+                gamma=needs.gamma,
+                extra=needs.extra,
+                history=algo.policy.history,
             )
         run.record(algo.update(batch))
         run.after(step, algo, extra_state)
+
+
+def _check_env(config: TrainConfig, policy: Policy, data: Spec) -> None:
+    """Say now, not after the last update, that the policy can't be evaluated in `config.env`."""
+    render = "rgb_array" if config.track.video_episodes else None
+    env = make_vec(config.env, 1, render=render)
+    env.close()
+    name = getattr(config.env, "id", "") or config.env.name
+    fix = "what is learnt there can't be evaluated here. Fix: another env=, or env=null"
+    for key in policy.obs_keys:
+        wanted, got = data.obs.get(key), env.spec.obs.get(key)
+        if wanted is not None and wanted != got:
+            offers = f"{key!r} {got}" if got else f"only {', '.join(env.spec.obs)}"
+            raise ConfigError(f"{config.data.path} has {key!r} {wanted}, env={name} has {offers}: {fix}")
+    if data.action_dim != env.spec.action_dim:
+        raise ConfigError(
+            f"{config.data.path} has {data.action_dim} actions, env={name} has {env.spec.action_dim}: {fix}"
+        )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from robopost.algos.base import Algorithm
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
-from robopost.data.mixture import MixedSampler
+from robopost.data.mixture import MixedSampler, check_same_task
 from robopost.errors import ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.run import Files, Run
@@ -24,6 +25,8 @@ def run_offpolicy(run: Run) -> None:
     env = make_vec(config.env, config.env.num_envs, history=int(getattr(config.policy, "history", 1)))
     try:
         demos = Dataset.load(config.data, device=run.device) if config.data.path else None
+        if demos is not None and getattr(config.algo, "demo_fraction", 0.0) > 0:
+            check_same_task(env.spec, demos.spec)
         algo = run.build(
             env.spec,
             demos.stats if demos is not None else None,
@@ -52,6 +55,8 @@ def run_offpolicy(run: Run) -> None:
         if state is not None:
             buffer.restore(journal, state["buffer"])
             due = float(state["due"])
+        else:
+            shutil.rmtree(journal, ignore_errors=True)  # of a run that was killed before its first checkpoint
         sampler: ReplayBuffer | MixedSampler = buffer
         if needs.demo_fraction > 0 and demos is not None:
             sampler = MixedSampler(buffer, policy.label_demos(demos), needs.demo_fraction)

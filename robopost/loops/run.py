@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import logging
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -61,6 +62,7 @@ class Run:
     config: TrainConfig
     folder: Path
     command: str = ""
+    seeds: int = 1
     device: torch.device = field(init=False)
     generators: dict[str, torch.Generator] = field(init=False)
 
@@ -79,6 +81,10 @@ class Run:
         self._marked_step = 0
         self.step = 0
         self.tracker: Any = None
+        self._discardable = False
+        self._kept: set[Path] | None = (
+            None  # what the folder held before this run, None = there was no folder
+        )
 
     # -- building -----------------------------------------------------------------------------------------------
 
@@ -115,12 +121,17 @@ class Run:
             The loop's own JSON state of the checkpoint, or None for a fresh run.
         """
         checkpoint = latest(self.folder) if self.folder.exists() else None
+        # First of all: where the checkpoint doesn't fit, its run keeps its own description.
+        state = self._restore(algo, checkpoint) if checkpoint is not None else None
+        if checkpoint is None:
+            self._kept = set(self.folder.iterdir()) if self.folder.exists() else None
+            self._discardable = True
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / "eval").mkdir(exist_ok=True)
         plain = to_dict(self.config)
-        _write_json(self.folder / "config.json", plain)
-        _write_json(self.folder / "provenance.json", provenance(self.config, self.command, algo.policy))
-        state = self._restore(algo, checkpoint) if checkpoint is not None else None
+        described = provenance(self.config, self.command, algo.policy) | {"seeds": self.seeds}
+        _write_json(self.folder / "provenance.json", described)
+        _write_json(self.folder / "config.json", plain)  # last: it makes the folder a run
         self.tracker = make_tracker(
             self.folder, self.config.track, plain, self.step, total=self.config.loop.steps
         )
@@ -162,12 +173,15 @@ class Run:
         last = step >= loop.steps
         if last or _crossed(before, step, loop.log_every):
             self._log(step)
-        if self.config.env is not None and (last or _crossed(before, step, loop.eval_every)):
-            self.evaluate(algo, step)
-        if last or _crossed(before, step, loop.checkpoint_every):
-            self.checkpoint(algo, step, extra_state)
-            return True
-        return False
+        saving = last or _crossed(before, step, loop.checkpoint_every)
+        try:
+            if self.config.env is not None and (last or _crossed(before, step, loop.eval_every)):
+                self.evaluate(algo, step)
+        finally:
+            # Also when the environment fails in the evaluation: what was learnt must not go with it.
+            if saving:
+                self.checkpoint(algo, step, extra_state)
+        return saving
 
     def _log(self, step: int) -> None:
         keys = sorted(self._sums)
@@ -219,6 +233,16 @@ class Run:
         """Flush and close the trackers."""
         if self.tracker is not None:
             self.tracker.close()
+
+    def discard(self) -> None:
+        """Remove what a run that failed before its first step has written; does nothing after that."""
+        if not self._discardable or self.step > 0 or not self.folder.exists():
+            return
+        for path in self.folder.iterdir():
+            if self._kept is None or path not in self._kept:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if self._kept is None:
+            self.folder.rmdir()
 
     # -- checkpoints --------------------------------------------------------------------------------------------
 

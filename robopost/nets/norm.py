@@ -75,10 +75,17 @@ class Normaliser(nn.Module):
                         f"no statistics for observation key {key!r}; the data has {', '.join(stats)}"
                     )
                 shift, scale = _affine(stats[key], obs)
+                if shift.shape != self.shapes[key]:
+                    raise ConfigError(
+                        f"{key!r} has the shape {self.shapes[key]} here and {tuple(shift.shape)} in the data: "
+                        "they are of different tasks"
+                    )
                 getattr(self, f"obs_shift_{key}").copy_(shift)
                 getattr(self, f"obs_scale_{key}").copy_(scale)
         if action in ("meanstd", "minmax"):
             shift, scale = _affine(stats["action"], action)
+            if shift.shape != self.action_shift.shape:
+                raise ConfigError(f"{len(self.action_shift)} actions here and {len(shift)} in the data")
             self.action_shift.copy_(shift)
             self.action_scale.copy_(scale)
         elif action == "identity":
