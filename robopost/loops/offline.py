@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from robopost.config import TrainConfig
 from robopost.data.batch import Spec
 from robopost.data.dataset import Dataset
@@ -12,6 +14,8 @@ from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.run import Files, Run
 from robopost.policies.base import Policy
 from robopost.vector import make_vec
+
+REACH_SLACK = 1e-3
 
 
 def run_offline(run: Run) -> None:
@@ -25,6 +29,7 @@ def run_offline(run: Run) -> None:
     dataset = Dataset.load(config.data, device=run.device)
     algo = run.build(dataset.spec, dataset.stats, dataset.dataset_id)
     needs = algo.needs
+    _check_reach(algo.policy, dataset)
     if config.env is not None:
         _check_env(config, algo.policy, dataset.spec)
     state = run.prepare(algo)
@@ -57,6 +62,28 @@ def run_offline(run: Run) -> None:
             )
         run.record(algo.update(batch))
         run.after(step, algo, extra_state)
+
+
+def _check_reach(policy: Policy, dataset: Dataset) -> None:
+    """Refuse a policy that ends in tanh where recorded actions lie outside [-1, 1] after normalisation.
+
+    Actions beyond bounds that the data declares are no obstacle: no environment executes them.
+    """
+    settings, norm = policy.config, policy.normaliser
+    if not (getattr(settings, "squash", False) or getattr(settings, "mean_tanh", False)):
+        return
+    reach = lambda *values: float(torch.stack([norm.action(v) for v in values]).abs().max())  # noqa: E731
+    if policy.spec.bounded and reach(norm.action_low, norm.action_high) <= 1 + REACH_SLACK:
+        return
+    ends = [
+        torch.tensor(dataset.stats["action"][name], device=norm.action_low.device) for name in ("min", "max")
+    ]
+    if reach(*ends) > 1 + REACH_SLACK:
+        raise ConfigError(
+            f"recorded actions reach {reach(*ends):.3g} with policy.normalise_action="
+            f"{norm.provenance.get('action')}, and a policy with tanh ends at 1. "
+            "Fix: policy.normalise_action=minmax"
+        )
 
 
 def _check_env(config: TrainConfig, policy: Policy, data: Spec) -> None:

@@ -23,8 +23,8 @@ ONLINE = ["algo=sac", "policy=gaussian", "policy.hidden=[8]", "algo.batch_size=8
 ONLINE += ["algo.warmup_steps=10", "loop.steps=20", "env=InvertedPendulum-v5"]
 
 
-def record(path, *, dim=4, actions=1, bias=0.0):
-    spec = Spec({"state": ((dim,), "float32")}, actions, (-3.0,) * actions, (3.0,) * actions, 20)
+def record(path, *, dim=4, actions=1, bias=0.0, bound=3.0):
+    spec = Spec({"state": ((dim,), "float32")}, actions, (-bound,) * actions, (bound,) * actions, 20)
     rng = np.random.default_rng(0)
     with EpisodeStore.create(path, spec=spec, fps=10.0, source="toy") as made:
         for _ in range(3):
@@ -82,6 +82,13 @@ def base(tmp_path):
         ),
         pytest.param(ONLINE, {"dim": 5}, ConfigError, "different tasks", id="foreign statistics"),
         pytest.param(["algo=sac", "policy=gaussian"], None, ConfigError, "env is empty", id="no environment"),
+        pytest.param(
+            [*CLONE, "env=null"],
+            {"bound": float("inf")},
+            ConfigError,
+            r"actions reach 2\.\d+ with policy.normalise_action=bounds.* Fix: policy.normalise_action=minmax",
+            id="actions out of reach",
+        ),
         pytest.param(
             [*CLONE, "env=null", "track.also=[nothing]"], {}, ConfigError, "nothing", id="unknown tracker"
         ),
@@ -149,6 +156,14 @@ def test_seeds_are_neither_overwritten_nor_forgotten(tmp_path):
     train(resolve([f"resume={folder}"]))
     assert [path.name for path in sorted(folder.glob("seed_*"))] == ["seed_0", "seed_1", "seed_2"]
     assert latest(folder / "seed_2").name == "step_000000004"
+
+
+@pytest.mark.parametrize("bound", [3.0, 2.0, float("inf")])
+def test_actions_within_reach_are_learnt(bound, tmp_path):
+    """Bounds map to [-1, 1] (actions beyond them are never executed), and so does the range of the data."""
+    words = ["policy.normalise_action=minmax"] if bound == float("inf") else []
+    data = record(tmp_path / "data.zarr", bound=bound)
+    assert latest(run(*CLONE, *words, data, "env=null", out=tmp_path / "run"))
 
 
 @pytest.mark.parametrize("algo", ["td3_bc", "iql"])
