@@ -79,7 +79,7 @@ def measure(case, seed, updates, episodes):
 
 def run(bench: Bench) -> None:
     bench.packages("gymnasium-robotics")
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     updates = bench.scale(smoke=100, small=10_000, paper=50_000)
     episodes = bench.scale(smoke=2, small=100, paper=100)
     rows = []
