@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 JOBS ?= 2
 export MUJOCO_GL ?=
+# Tests run small networks in several processes: more threads than one each only get in each other's way.
+unit mujoco4 lerobot wheel: export OMP_NUM_THREADS := 1
 
 .PHONY: help setup demo test lint types unit mujoco4 lerobot wheel clean
 
