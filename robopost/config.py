@@ -8,6 +8,12 @@ from typing import Any
 from robopost.errors import ConfigError
 
 
+def check_seed(seed: int) -> None:
+    """Raise ConfigError for a negative seed, which random generators do not take."""
+    if seed < 0:
+        raise ConfigError(f"seed={seed} must be 0 or more")
+
+
 @dataclass
 class EnvConfig:
     """Base of every environment's config.
@@ -125,6 +131,14 @@ class TrainConfig:
     out: str = ""  # run folder, empty = runs/<algo>-<env>-<time>
     resume: str = ""  # run folder to go on with
 
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        if not 0 <= self.track.video_episodes <= self.loop.eval_episodes:
+            raise ConfigError(
+                f"track.video_episodes={self.track.video_episodes} must lie in 0..{self.loop.eval_episodes} "
+                "(loop.eval_episodes)"
+            )
+
 
 @dataclass
 class EvalConfig:
@@ -143,6 +157,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ConfigError(f"episodes={self.episodes} must be at least 1")
+        check_seed(self.seed)
         if not 0 <= self.video <= self.episodes:
             raise ConfigError(f"video={self.video} must lie in 0..{self.episodes} (episodes)")
         if self.num_envs < 0:
@@ -169,6 +184,7 @@ class CollectConfig:
             raise ConfigError(f"episodes={self.episodes} must be at least 1")
         if not 0.0 <= self.quality <= 1.0:
             raise ConfigError(f"quality={self.quality} must lie in 0..1")
+        check_seed(self.seed)
         if self.noise < 0.0:
             raise ConfigError(f"noise={self.noise} must be 0 or more")
         if self.num_envs < 1:
@@ -189,6 +205,7 @@ class DemoConfig:
     finetune_steps: int = 0  # 0 = the recipe's
 
     def __post_init__(self) -> None:
+        check_seed(self.seed)
         for name in ("demonstrations", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")

@@ -58,6 +58,9 @@ class Policy(nn.Module, ABC):
         self.horizon: int = int(getattr(config, "horizon", 1))
         self.execute: int = int(getattr(config, "execute", 0)) or self.horizon
         self.history: int = int(getattr(config, "history", 1))
+        for name in ("horizon", "history"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"policy.{name}={getattr(self, name)} must be at least 1")
         if not 1 <= self.execute <= self.horizon:
             raise ConfigError(
                 f"policy.execute={self.execute} must lie in 1..{self.horizon} (policy.horizon). "

@@ -101,6 +101,21 @@ def test_what_can_not_work_leaves_no_folder(words, data, error, message, tmp_pat
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["seed=-1"], "seed=-1 must be 0 or more"),
+        (["track.video_episodes=3"], r"track.video_episodes=3 must lie in 0..2 \(loop.eval_episodes\)"),
+        (["policy.history=0"], "policy.history=0 must be at least 1"),
+        (["policy.horizon=0"], "policy.horizon=0 must be at least 1"),
+    ],
+)
+def test_numbers_out_of_range_are_named(words, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        run(*CLONE, record(tmp_path / "data.zarr"), "env=null", *words, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_was_in_the_folder_before_stays(tmp_path):
     (tmp_path / "run").mkdir()
     data = record(tmp_path / "run" / "data.zarr")
