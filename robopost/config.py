@@ -82,6 +82,7 @@ class LoopConfig:
     log_every: int = 500  # steps between log lines
     eval_every: int = 0  # 0 = only at the end
     eval_episodes: int = 20  # per evaluation
+    eval_deterministic: bool = True  # the policy's mode; false samples, which multi-modal human data asks for
     checkpoint_every: int = 0  # 0 = only at the end
     keep_checkpoints: int = 2  # newest ones kept
     buffer_size: int = 1_000_000  # transitions, off-policy

@@ -218,6 +218,7 @@ class Run:
             policy,
             self.config.env,
             episodes=loop.eval_episodes,
+            deterministic=loop.eval_deterministic,
             seed=stream_seed(self.config.seed, 100) % 2**31,
             video=video,
             video_episodes=track.video_episodes,
