@@ -152,7 +152,8 @@ def _report(config: DemoConfig, out: Path, results: dict[str, EvalResult]) -> No
         titles = ("demonstrations cloned", "after fine-tuning")
         before, after = results["before"].clips, results["after"].clips
         side_by_side(before, after, video, titles=titles)
-        write_gif(list(zip(titles, (before, after), strict=True)), out / "before_after.gif")
+        pairs = (before[:2], after[:2])
+        write_gif(list(zip(titles, pairs, strict=True)), out / "before_after.gif", fps=8)
     write_report(
         [out / "base", out / "finetuned"],
         out / "report.html",

@@ -234,11 +234,20 @@ def write_gif(
         image = Image.fromarray(frame)
         if image.width > width:
             image = image.resize((width, round(image.height * width / image.width)), Image.Resampling.LANCZOS)
-        images.append(image.quantize(colors=64, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE))
+        images.append(image)
+    images = _one_palette(images)
     path.parent.mkdir(parents=True, exist_ok=True)
     duration = round(1000 * step / _fps(blocks))
     images[0].save(path, save_all=True, append_images=images[1:], duration=duration, loop=0, optimize=True)
     return len(images)
+
+
+def _one_palette(images: list[Image.Image], colours: int = 128) -> list[Image.Image]:
+    """Quantise all frames to one palette: small rare marks keep their colour, and equal pixels stay equal."""
+    picks = [images[i].convert("RGB") for i in np.linspace(0, len(images) - 1, 4).round().astype(int)]
+    sample = Image.fromarray(np.concatenate([np.asarray(pick) for pick in picks], axis=0))
+    palette = sample.quantize(colors=colours, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    return [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
 
 
 def write_strip(clips: Sequence[Clip], path: Path, *, count: int = 6) -> None:
