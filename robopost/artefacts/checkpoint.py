@@ -73,6 +73,8 @@ def save_checkpoint(
     """Save `files` plus the exported policy as `run/checkpoints/step_<step>` and point LATEST at it."""
     root = run / "checkpoints"
     folder = root / f"step_{step:09d}"
+    for leftover in root.glob(".step_*.partial-*"):  # of a process that was killed while writing
+        shutil.rmtree(leftover, ignore_errors=True)
     save_folder(folder, files | policy_files(policy))
     pointer = root / f".{LATEST}.partial"
     pointer.write_text(folder.name)

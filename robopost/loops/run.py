@@ -287,6 +287,8 @@ class Run:
         algo.load_state_dict({"tensors": tensors, "json": plain["algorithm"]})
         self.step = int(plain["step"])
         log.info("resumed %s at step %d", self.folder, self.step)
+        if self.step >= self.config.loop.steps:
+            log.warning("nothing to do: loop.steps=%d. Fix: raise loop.steps", self.config.loop.steps)
         return plain["loop"] | {"checkpoint": str(checkpoint)}
 
 
