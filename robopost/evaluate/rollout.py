@@ -220,6 +220,7 @@ def _waves(
 ) -> EvalResult:
     n = vec.num_envs
     limit = vec.spec.max_steps or NO_LIMIT
+    low, high = np.asarray(vec.spec.action_low), np.asarray(vec.spec.action_high)
     returns, max_rewards = np.zeros(episodes), np.full(episodes, -np.inf)
     lengths, successes = np.zeros(episodes, np.int64), np.zeros(episodes, bool)
     has_success = False
@@ -242,7 +243,8 @@ def _waves(
             action = stepper.act(
                 to_torch(obs, policy.device), generator=generator, deterministic=deterministic
             )
-            step = vec.step(action.cpu().numpy())
+            # The environment's bounds, which a policy trained on data without declared ones doesn't know.
+            step = vec.step(np.clip(action.cpu().numpy(), low, high).astype(np.float32))
             steps += 1
             at = index[running]
             returns[at] += step.reward[running]

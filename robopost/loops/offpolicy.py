@@ -71,7 +71,10 @@ def run_offpolicy(run: Run) -> None:
             began = time.perf_counter()
             action = _explore(run, algo, collector)
             obs, step = collector.obs, collector.step(action)
-            buffer.add(obs, action, step.reward, step.next_obs, step.terminated, step.truncated)
+            reward = step.reward
+            if demos is not None:  # one scale for recorded and new experience
+                reward = reward * config.data.reward_scale + config.data.reward_shift
+            buffer.add(obs, action, reward, step.next_obs, step.terminated, step.truncated)
             run.add_time("time/collect", time.perf_counter() - began)
             now = run.step + env.num_envs
             began = time.perf_counter()

@@ -36,9 +36,9 @@ class ResidualConfig(EncodedConfig):
 
     name: str = "residual"
     base: str = ""  # run folder, checkpoint or policy folder of the base policy
-    base_config: dict[str, Any] = field(
-        default_factory=dict
-    )  # filled from `base`; travels with the checkpoint
+    # Filled from `base`; they travel with the checkpoint, which then needs nothing else.
+    base_config: dict[str, Any] = field(default_factory=dict)
+    base_spec: dict[str, Any] = field(default_factory=dict)
     scale: float = 0.2  # kappa: largest correction, as a fraction of half the action range
     hidden: list[int] = field(default_factory=lambda: [256, 256])
     warmup_noise: float = 0.2  # uniform noise on the base action during warm-up, same unit as scale
@@ -72,10 +72,11 @@ class ResidualPolicy(Policy):
 
     def __init__(self, config: ResidualConfig, spec: Spec) -> None:
         if config.base_config:
-            base = build_policy(policy_config_from_dict(config.base_config), _without_base(spec))
+            stored = Spec.from_json(config.base_spec) if config.base_spec else _without_base(spec)
+            base = build_policy(policy_config_from_dict(config.base_config), stored)
         elif config.base:
             base = load_policy(config.base)
-            config = replace(config, base_config=to_dict(base.config))
+            config = replace(config, base_config=to_dict(base.config), base_spec=base.spec.to_json())
         else:
             raise ConfigError(
                 "policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>"

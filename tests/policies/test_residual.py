@@ -185,3 +185,16 @@ def test_base_that_does_not_fit_is_refused(residual, tmp_path):
             ResidualPolicy(config, spec)
     with pytest.raises(ConfigError, match=r"policy\.base is empty"):
         ResidualPolicy(ResidualConfig(), SPEC)
+
+
+def test_unbounded_base_is_rebuilt_as_it_was(tmp_path):
+    torch.manual_seed(0)
+    endless = Spec({"state": ((3,), "float32")}, 2, (-float("inf"),) * 2, (float("inf"),) * 2, 50)
+    base = Flow(FlowConfig(horizon=4, steps=2, width=16, depth=1, normalise_action="bounds"), endless)
+    save_folder(tmp_path / "base", policy_files(base))
+    bounded = Spec({"state": ((3,), "float32")}, 2, (-0.1, -0.1), (0.1, 0.1), 50)
+    policy = ResidualPolicy(ResidualConfig(base=str(tmp_path / "base"), hidden=[8]), bounded)
+    save_folder(tmp_path / "saved", policy_files(policy))
+    again = load_policy(tmp_path / "saved")
+    assert again.base.clip == base.clip == float("inf")
+    assert torch.equal(again.base.normaliser.action_high, base.normaliser.action_high)
