@@ -41,7 +41,9 @@ class PolicyConfig:
     execute: int = 0  # steps executed before the next query, 0 = the whole chunk
     history: int = 1  # observations the policy sees
     obs_keys: list[str] = field(default_factory=list[str])  # empty = all the environment offers
-    normalise_obs: str = "meanstd"  # identity | meanstd | minmax, from the dataset; online runs without one: identity
+    normalise_obs: str = (
+        "meanstd"  # identity | meanstd | minmax, from the dataset; online runs without one: identity
+    )
     normalise_action: str = "bounds"  # identity | bounds | meanstd | minmax
 
 
@@ -56,7 +58,9 @@ class AlgoConfig:
 class DataConfig:
     """Where recorded experience comes from; empty `path` = none."""
 
-    path: str = ""  # a robopost store, or a file of any registered format (imported once into a store beside it)
+    path: str = (
+        ""  # a robopost store, or a file of any registered format (imported once into a store beside it)
+    )
     format: str = "auto"  # auto = detect; see `robopost data --help`
     episodes: int = 0  # use only the first N episodes, 0 = all
     device: str = "auto"  # auto = on the training device when it fits
@@ -67,11 +71,15 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.collect < 0 or self.episodes < 0:
-            raise ConfigError(f"data.collect={self.collect} and data.episodes={self.episodes} must be 0 or more")
+            raise ConfigError(
+                f"data.collect={self.collect} and data.episodes={self.episodes} must be 0 or more"
+            )
         if not 0.0 <= self.quality <= 1.0:
             raise ConfigError(f"data.quality={self.quality} must lie in 0..1")
         if self.collect and self.path:
-            raise ConfigError(f"data.path={self.path} and data.collect={self.collect} exclude each other. Fix: set one")
+            raise ConfigError(
+                f"data.path={self.path} and data.collect={self.collect} exclude each other. Fix: set one"
+            )
 
 
 @dataclass
@@ -170,7 +178,9 @@ class CollectConfig:
     """What `robopost collect` does."""
 
     env: Any = None
-    policy: str = "script"  # script (the environment's expert), random, or a run folder, policy folder, npz actor
+    policy: str = (
+        "script"  # script (the environment's expert), random, or a run folder, policy folder, npz actor
+    )
     episodes: int = 200
     out: str = "???"  # the store to write; an unfinished one is continued
     quality: float = 1.0  # of the scripted expert: 0 (random) to 1

@@ -25,11 +25,13 @@ from robopost.policies.deterministic import Deterministic, DeterministicConfig
 SPEC = Spec({"state": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0), 50)
 
 
-@pytest.fixture()
+@pytest.fixture
 def policy():
     torch.manual_seed(0)
     made = Deterministic(DeterministicConfig(hidden=[8]), SPEC)
-    stats = {key: {"mean": np.full(3, 2.0), "std": np.full(3, 4.0), "count": 9} for key in ("state", "action")}
+    stats = {
+        key: {"mean": np.full(3, 2.0), "std": np.full(3, 4.0), "count": 9} for key in ("state", "action")
+    }
     made.normaliser.fit(stats, source="toy")
     return made
 
@@ -44,7 +46,12 @@ def test_round_trip_keeps_weights_normaliser_and_provenance(policy, tmp_path):
         again = load_policy(place)
         obs = {"state": torch.randn(5, 3)}
         assert torch.equal(policy.act(obs).chunk, again.act(obs).chunk)
-        assert again.normaliser.provenance == {"obs": "meanstd", "action": "bounds", "source": "toy", "count": 9}
+        assert again.normaliser.provenance == {
+            "obs": "meanstd",
+            "action": "bounds",
+            "source": "toy",
+            "count": 9,
+        }
 
 
 def test_only_the_newest_are_kept(policy, tmp_path):
@@ -83,7 +90,9 @@ def test_numpy_arrays_keep_their_dtype(tmp_path):
     arrays = {"rng": np.array([2**63 + 1], np.uint64), "state": np.arange(3.0)}
     save_folder(tmp_path / "x", {"env.safetensors": arrays})
     loaded = load_file(tmp_path / "x" / "env.safetensors")
-    assert all(np.array_equal(loaded[key], arrays[key]) and loaded[key].dtype == arrays[key].dtype for key in arrays)
+    assert all(
+        np.array_equal(loaded[key], arrays[key]) and loaded[key].dtype == arrays[key].dtype for key in arrays
+    )
 
 
 def test_what_is_wrong_is_named(policy, tmp_path):

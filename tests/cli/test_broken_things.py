@@ -41,7 +41,9 @@ def corrupt_store(place):
         path for path in (place / "run" / "data.zarr" / "data" / "action" / "c").rglob("*") if path.is_file()
     ]
     truncate(chunks[0])
-    shutil.rmtree(place / "run" / "data.zarr.cache")  # made when the data was whole, and used as long as it is there
+    shutil.rmtree(
+        place / "run" / "data.zarr.cache"
+    )  # made when the data was whole, and used as long as it is there
     return [*BC, f"data={place}/run/data.zarr", f"out={place}/new"], r".*data/action.*can't be read.*"
 
 
