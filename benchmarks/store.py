@@ -30,13 +30,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from robopost.bench import Bench, interleave
+from robopost.bench import Bench
 from robopost.config import DataConfig
 from robopost.data.batch import Spec
 from robopost.data.convert import export_store
 from robopost.data.dataset import Dataset
 from robopost.data.episode import Episode
 from robopost.data.store import EpisodeStore
+from robopost.interleave import interleave
 
 ROOT = Path(__file__).resolve().parents[1]
 OBS, ACT, BATCH, HORIZON, EPISODE, FPS = 32, 6, 256, 16, 1000, 50

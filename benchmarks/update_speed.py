@@ -40,13 +40,14 @@ from robopost import accel
 from robopost.algos.offline.td3_bc import TD3BC, TD3BCConfig
 from robopost.algos.online.sac import SAC, SACConfig
 from robopost.algos.online.td3 import TD3, TD3Config
-from robopost.bench import Bench, interleave
+from robopost.bench import Bench
 from robopost.config import AccelConfig
 from robopost.data.batch import Batch, Spec
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
 from robopost.data.episode import Episode
 from robopost.errors import ConfigError
+from robopost.interleave import interleave
 from robopost.nets import fused
 from robopost.policies.deterministic import Deterministic, DeterministicConfig
 from robopost.policies.gaussian import Gaussian, GaussianConfig

@@ -19,7 +19,8 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from mujoco import rollout
 from robopost_envs.adapters.gymnasium import GymnasiumConfig, make
 
-from robopost.bench import Bench, interleave
+from robopost.bench import Bench
+from robopost.interleave import interleave
 
 TASKS = ("HalfCheetah-v5", "Hopper-v5", "Ant-v5")
 HEADLINE = ("HalfCheetah-v5", 64, 2)

@@ -9,9 +9,10 @@ import sys
 import pytest
 
 from robopost import machine
-from robopost.bench import Bench, Missing, available, find_checkout, interleave, run_benchmark
+from robopost.bench import Bench, Missing, available, find_checkout, run_benchmark
 from robopost.cli import main
 from robopost.errors import ConfigError
+from robopost.interleave import interleave
 from robopost.results import number, params_hash, plain, read_result, read_results, status
 
 DESIGN_KEYS = {"seeds", "commit", "command", "versions", "hardware", "load", "wall_s", "rows", "figures"}
