@@ -77,7 +77,7 @@ def render_block(spec: str, results_dir: Path) -> str:
     name, _, part = spec.partition("/")
     path = _find(name, results_dir)
     if path is None:
-        return f"*Not measured yet: `robopost bench {name} --tier small`.*"
+        return _not_measured(name)
     data = read_result(path)
     tables = {table["name"]: table for table in data.get("tables", [])}
     if not part:
@@ -91,9 +91,15 @@ def render_block(spec: str, results_dir: Path) -> str:
         return _cells(data) + "\n\n" + source_line(data)
     if part == "output":
         return _output(data)
+    if not tables:  # cells are being measured; the benchmark writes its tables at its end
+        return _not_measured(name)
     if part not in tables:
         raise unknown(f"table of {path.name}", part, [*tables, "figures", "cells"])
     return _table(tables[part]) + "\n\n" + source_line(data)
+
+
+def _not_measured(name: str) -> str:
+    return f"*Not measured yet: `robopost bench {name} --tier small`.*"
 
 
 def _output(data: dict[str, Any]) -> str:
