@@ -8,6 +8,7 @@ bit).
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,7 +17,7 @@ Views = dict[str, np.ndarray]
 FREE_JOINT_DOFS = 6  # qfrc_actuator of the root is left out of the humanoids' observations
 
 
-class Task:
+class Task(ABC):
     """One task: which fields of MjData it needs and what it makes of them.
 
     Attributes:
@@ -40,10 +41,11 @@ class Task:
         """(N, carry_dim): what the reward takes a difference of."""
         return views["qpos"][:, : self.carry_dim]
 
+    @abstractmethod
     def observe(self, views: Views, out: np.ndarray) -> None:
         """Write the observations (N, obs_dim) into `out`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def reward(self, views: Views, before: np.ndarray, action: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return reward (N,) float64 and terminated (N,) bool.
 
@@ -52,7 +54,6 @@ class Task:
             before: `position` before the step.
             action: (N, A) as the caller gave it: Gymnasium computes control costs in the action's precision.
         """
-        raise NotImplementedError
 
     def _never(self, views: Views) -> np.ndarray:
         return np.zeros(len(views["qpos"]), dtype=bool)
