@@ -36,6 +36,7 @@ FREE = {
     "results",
     "tables",
     "bench",
+    "interleave",
     "accel",
 }
 

@@ -136,7 +136,9 @@ def test_seeds(tmp_path, capsys):
 def test_ctrl_c_says_how_to_go_on(tmp_path):
     run = tmp_path / "run"
     words = ["train", "recipe=debug_offpolicy", "steps=1000000", "loop.checkpoint_every=100", f"out={run}"]
-    code = f"import sys; from robopost.cli import main; sys.exit(main({words!r}))"
+    # A background job inherits an ignored SIGINT, which a terminal's foreground job never has.
+    code = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    code += f"from robopost.cli import main; sys.exit(main({words!r}))"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
