@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from robopost.accel import CudaGraph, accelerate
 from robopost.data.batch import Batch, Spec
+from robopost.data.dataset import Dataset
 from robopost.errors import CheckpointError
 from robopost.policies.base import Policy
 
@@ -29,7 +30,8 @@ class Needs:
         warmup_steps: environment steps of random actions before the first update; off-policy only.
         rollout_steps: steps per environment in one rollout; on-policy only.
         demo_fraction: share of each batch drawn from the offline dataset; off-policy only, 0 = none.
-        extra: names of per-step quantities the sampler must add to `Batch.extra` ("return_to_go", "next_action").
+        extra: names of per-step quantities the sampler must add to `Batch.extra` ("return_to_go", "next_action",
+            "step": the dataset step each sample begins at).
     """
 
     chunks: bool = False
@@ -74,6 +76,12 @@ class Algorithm(ABC):
     @abstractmethod
     def update(self, batch: Batch) -> Metrics:
         """One update from a batch in normalised units. Returns detached scalar tensors; never syncs with the host."""
+
+    def attach(self, dataset: Dataset) -> None:  # noqa: B027 - most algorithms need nothing but batches
+        """Look at the whole dataset (normalised units) once, before the first update, resumed or not.
+
+        For what depends on all of it, e.g. an index of nearest neighbours. Must draw no random numbers.
+        """
 
     def explore(self, obs: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """Executed action (B, A) in environment units for collecting; default: a stochastic sample of the policy."""

@@ -197,7 +197,8 @@ class Dataset:
             gamma: discount per step.
             extra: any of `"return_to_go"` (discounted sum of the rewards from here to the episode's end, no
                 bootstrap), `"next_action"` (the action taken at `next_obs`, with `"next_action_mask"` False
-                where none was recorded), or a per-step extra of the store.
+                where none was recorded), `"step"` (the dataset step a sample begins at, (B,) int64), or a
+                per-step extra of the store.
             history: h observations (B, h, ...) as in `sample_chunks`.
             keys: observation keys wanted, None = all.
 
@@ -313,10 +314,12 @@ class Dataset:
                 mask = last + 1 < take(self._index.end, steps)
                 out[name] = take(self.action, torch.where(mask, last + 1, last))
                 out["next_action_mask"] = mask
+            elif name == "step":
+                out[name] = steps
             elif name in self.extras:
                 out[name] = take(self.extras[name], steps)
             else:
-                raise unknown("extra", name, ["return_to_go", "next_action", *self.extras], DataError)
+                raise unknown("extra", name, ["return_to_go", "next_action", "step", *self.extras], DataError)
         return out
 
     def _return_to_go(self, gamma: float) -> Tensor:

@@ -41,6 +41,7 @@ def run_offline(run: Run) -> None:
     dataset = algo.policy.label_demos(dataset)
     # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
     dataset = dataset.normalise(algo.policy.normaliser)
+    algo.attach(dataset)
     generator = run.generators["data"]
 
     def extra_state() -> tuple[Files, dict[str, Any]]:
