@@ -22,19 +22,14 @@ cell `cpu/sac/extra forward` times robopost with that forward pass added, so tha
 Where torch's oneDNN kernels are used (robopost/nets/fused.py) a further row is measured without them.
 """
 
-import ast
 import contextlib
-import importlib.util
 import io
-import os
-import sys
 import types
-from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from gymnasium import spaces
+from sides.cleanrl_sac import CleanRL
+from sides.originals import Recorder, copy_critic, copy_linear, load_module, reference, repeat, stub
 
 from robopost import accel
 from robopost.algos.offline.td3_bc import TD3BC, TD3BCConfig
@@ -46,7 +41,6 @@ from robopost.data.batch import Batch, Spec
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
 from robopost.data.episode import Episode
-from robopost.errors import ConfigError
 from robopost.interleave import interleave
 from robopost.nets import fused
 from robopost.policies.deterministic import Deterministic, DeterministicConfig
@@ -59,43 +53,6 @@ CLASSES = {
     "td3_bc": (TD3BC, TD3BCConfig, Deterministic, DeterministicConfig),
     "sac": (SAC, SACConfig, Gaussian, GaussianConfig),
 }
-
-
-def reference(*parts):
-    """A file of the cloned originals."""
-    beside = Path(__file__).resolve().parents[2] / "reference"
-    path = Path(os.environ.get("ROBOPOST_REFERENCE_DIR", beside)).joinpath(*parts)
-    if not path.exists():
-        raise ConfigError(
-            f"{path} is absent. Fix: clone it (see benchmarks/update_speed.py), set ROBOPOST_REFERENCE_DIR"
-        )
-    return path
-
-
-def load_module(name, path, stubs=()):
-    """Import a file whose unavailable imports are replaced by `stubs` while it loads."""
-    missing = {stub.__name__: stub for stub in stubs}
-    before = {key: sys.modules.get(key) for key in missing}
-    sys.modules.update(missing)
-    try:
-        spec = importlib.util.spec_from_file_location(name, path)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look their module up
-        spec.loader.exec_module(module)
-    finally:
-        for key, value in before.items():
-            if value is None:
-                del sys.modules[key]
-            else:
-                sys.modules[key] = value
-    return module
-
-
-def stub(name, **content):
-    """An empty module."""
-    module = types.ModuleType(name)
-    vars(module).update(content)
-    return module
 
 
 def experience(steps, seed=0):
@@ -121,33 +78,6 @@ def make(name, device="cpu", mode="eager", **options):
     algo = cls(config(**options), policy, SPEC, device=device, generator=generator)
     algo.accelerate(mode)
     return algo
-
-
-def copy_linear(target, weight, bias):
-    target.weight.data.copy_(weight)
-    target.bias.data.copy_(bias)
-
-
-def copy_critic(net, member, layers):
-    """Our stacked weights (E, in, out) into torch linears."""
-    stacked = [layer for layer in net.net if hasattr(layer, "weight")]
-    for layer, target in zip(stacked, layers, strict=True):
-        copy_linear(target, layer.weight[member].t(), layer.bias[member].view(-1))
-
-
-class Recorder:
-    """What a loop does with metrics: sums on the device, read every 500 updates."""
-
-    def __init__(self):
-        self.sums, self.count = {}, 0
-
-    def __call__(self, metrics):
-        for key, value in metrics.items():
-            self.sums[key] = self.sums[key] + value if key in self.sums else value.clone()
-        self.count += 1
-        if self.count % 500 == 0:
-            torch.stack(list(self.sums.values())).tolist()
-            self.sums = {}
 
 
 def our_td3_bc(data, steps):
@@ -224,67 +154,6 @@ def make_batch(s, a, r, s2):
     return Batch({"state": s}, a, r, {"state": s2}, flags, flags, torch.full_like(r, 0.99))
 
 
-@dataclass
-class CleanRL:
-    """CleanRL's SAC script cut into its setup and its training block."""
-
-    space: dict
-
-    @classmethod
-    def load(cls, steps, seed=0, **changes):
-        path = reference("cleanrl", "cleanrl", "sac_continuous_action.py")
-        root = str(reference("cleanrl"))
-        sys.path.insert(0, root)
-        try:
-            module = load_module("reference_sac", path, [stub("tyro", cli=lambda kind: kind())])
-        finally:
-            sys.path.remove(root)
-        main = next(node for node in ast.parse(path.read_text()).body if isinstance(node, ast.If)).body
-        loop = next(node for node in main if isinstance(node, ast.For))
-        block = next(
-            node
-            for node in loop.body
-            if isinstance(node, ast.If) and "> args.learning_starts" in ast.unparse(node.test)
-        )
-        first = next(i for i, node in enumerate(main) if ast.unparse(node).startswith("actor = "))
-        last = next(i for i, node in enumerate(main) if ast.unparse(node).startswith("rb = "))
-        compiled = lambda nodes: compile(ast.Module(list(nodes), []), str(path), "exec")  # noqa: E731
-        args = module.Args()
-        vars(args).update({"buffer_size": steps, "cuda": False, **changes})
-        box = lambda n, high: spaces.Box(-high, high, (n,), np.float32)  # noqa: E731
-        envs = types.SimpleNamespace(
-            single_observation_space=box(OBS, np.inf), single_action_space=box(ACT, 1.0), num_envs=1
-        )
-        writer = types.SimpleNamespace(add_scalar=lambda *a: None)
-        space = vars(module) | {
-            "args": args,
-            "envs": envs,
-            "device": torch.device("cpu"),
-            "writer": writer,
-            "start_time": 0.0,
-            "global_step": 0,
-            "print": lambda *a: None,
-        }
-        torch.manual_seed(seed)
-        exec(compiled(main[first : last + 1]), space)
-        space["_block"] = compiled(block.body)
-        return cls(space)
-
-    def fill(self, data):
-        """Put experience into its buffer as its loop would, in one go."""
-        buffer = self.space["rb"]
-        steps = buffer.buffer_size
-        buffer.observations[:] = data["observations"][:steps, None]
-        buffer.next_observations[:] = data["next_observations"][:steps, None]
-        buffer.actions[:] = data["actions"][:steps, None]
-        buffer.rewards[:] = data["rewards"][:steps, None]
-        buffer.full = True
-
-    def update(self):
-        self.space["global_step"] += 1
-        exec(self.space["_block"], self.space)
-
-
 def our_sac(data, steps, fresh=False):
     """A function that does one update as the off-policy loop does, with CleanRL's settings."""
     algo = make("sac", critic_lr=1e-3, temperature_lr=1e-3, policy_delay=2)
@@ -315,7 +184,7 @@ def sac_parity(data):
     """Largest difference of the critic's and the actor's loss of one update, all else equal."""
     steps = 10 * BATCH
     algo = make("sac", critic_lr=1e-3, temperature_lr=1e-3, temperature=0.2)
-    theirs = CleanRL.load(steps, policy_frequency=1)
+    theirs = CleanRL.load(OBS, ACT, steps, policy_frequency=1)
     space = theirs.space
     space["alpha"] = 0.2  # both sides; CleanRL's 1e-6 inside the logarithm weighs less than at 1
     space["log_alpha"].data.fill_(algo.log_temperature.item())
@@ -340,15 +209,6 @@ def sac_parity(data):
     got = algo.update(make_batch(s, a, r, s2))
     pairs = (("qf_loss", "loss/critic"), ("actor_loss", "loss/actor"))
     return max(abs(space[a].item() - got[b].item()) for a, b in pairs)
-
-
-def repeat(update, count):
-    def run():
-        for _ in range(count):
-            update()
-        return count
-
-    return run
 
 
 def compare(bench, name, parity, ours, theirs):
@@ -425,7 +285,7 @@ def run(bench: Bench) -> None:
 
 
 def _filled(data, steps):
-    theirs = CleanRL.load(steps)
+    theirs = CleanRL.load(OBS, ACT, steps)
     theirs.fill(data)
     return theirs.update
 

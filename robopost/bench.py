@@ -20,6 +20,7 @@ import importlib.util
 import logging
 import math
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -336,16 +337,23 @@ def run_benchmark(
     if spec is None or spec.loader is None:
         raise ConfigError(f"benchmarks/{name}.py can't be imported")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not module.__doc__ or not callable(getattr(module, "run", None)):
-        raise ConfigError(
-            f"benchmarks/{name}.py needs a docstring that says what it measures, and run(bench)"
+    folder = str(files[name].parent)
+    sys.path.append(
+        folder
+    )  # what benchmarks share lies in a folder beside them: `from sides.originals import`
+    try:
+        spec.loader.exec_module(module)
+        if not module.__doc__ or not callable(getattr(module, "run", None)):
+            raise ConfigError(
+                f"benchmarks/{name}.py needs a docstring that says what it measures, and run(bench)"
+            )
+        title = module.__doc__.strip().splitlines()[0]
+        suite = getattr(module, "SUITE", "spine")
+        bench = Bench(
+            name, tier, results_dir or root / "results", suite=suite, cells=cells, rerun=rerun, title=title
         )
-    title = module.__doc__.strip().splitlines()[0]
-    suite = getattr(module, "SUITE", "spine")
-    bench = Bench(
-        name, tier, results_dir or root / "results", suite=suite, cells=cells, rerun=rerun, title=title
-    )
-    module.run(bench)
+        module.run(bench)
+    finally:
+        sys.path.remove(folder)
     bench.finish()
     return bench

@@ -264,6 +264,23 @@ def test_benchmarks_are_found_and_run(checkout, capsys):
         run_benchmark("bare", "small", root=checkout)
 
 
+def test_benchmarks_share_helpers(checkout):
+    """A folder beside them is importable while one runs, and only then; also inside a cell."""
+    (checkout / "benchmarks" / "helpers_of_this_test").mkdir()
+    (checkout / "benchmarks" / "helpers_of_this_test" / "numbers.py").write_text("N = 7\n")
+    (checkout / "benchmarks" / "uses.py").write_text(
+        '"""Uses a helper."""\ndef run(b):\n    from helpers_of_this_test.numbers import N\n'
+        '    b.figure("n", N)\n'
+    )
+    before = list(sys.path)
+    assert run_benchmark("uses", "smoke", root=checkout).figures[0]["value"] == 7
+    assert sys.path == before
+    (checkout / "benchmarks" / "uses.py").write_text('"""Breaks."""\ndef run(b): raise KeyError("x")\n')
+    with pytest.raises(KeyError):
+        run_benchmark("uses", "smoke", root=checkout)
+    assert sys.path == before
+
+
 def test_command_line(checkout, capsys):
     assert main(["bench", "nothing", "--tier", "small", "--cells", "seed0"]) == 0
     out = capsys.readouterr().out
