@@ -338,9 +338,8 @@ def run_benchmark(
         raise ConfigError(f"benchmarks/{name}.py can't be imported")
     module = importlib.util.module_from_spec(spec)
     folder = str(files[name].parent)
-    sys.path.append(
-        folder
-    )  # what benchmarks share lies in a folder beside them: `from sides.originals import`
+    # What benchmarks share lies in a folder beside them: `from sides.originals import ...`.
+    sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
         if not module.__doc__ or not callable(getattr(module, "run", None)):
