@@ -60,6 +60,7 @@ class QEnsemble(nn.Module):
         layernorm: LayerNorm before each activation.
         history: observations stacked by the policy.
         orthogonal: orthogonal weights with gain sqrt(2) and zero biases, instead of torch's default.
+        out_gain: orthogonal gain of the output layer.
     """
 
     def __init__(
@@ -72,20 +73,28 @@ class QEnsemble(nn.Module):
         layernorm: bool = False,
         history: int = 1,
         orthogonal: bool = False,
+        out_gain: float = math.sqrt(2),
     ) -> None:
         super().__init__()
         self.join = ObsConcat(spec, keys, history)
         self.net = EnsembleMLP(members, self.join.dim + spec.action_dim, hidden, 1, layernorm=layernorm)
         if orthogonal:
+            last = self.net[len(self.net) - 1]
             for layer in self.net:
                 if isinstance(layer, EnsembleLinear):
                     for weight in layer.weight.data:
-                        nn.init.orthogonal_(weight, math.sqrt(2))
+                        nn.init.orthogonal_(weight, out_gain if layer is last else math.sqrt(2))
                     nn.init.zeros_(layer.bias)
 
     def forward(self, obs: Obs, action: Tensor) -> Tensor:
         """(B, ...) observations and actions (B, A), both normalised, to (E, B)."""
         return self.net(torch.cat([self.join(obs), action], -1)).squeeze(-1)
+
+    def many(self, obs: Obs, actions: Tensor) -> Tensor:
+        """Several actions (B, n, A) per observation (B, ...), in one forward pass: (E, B, n)."""
+        state = self.join(obs)[:, None].expand(-1, actions.shape[1], -1)
+        rows = torch.cat([state, actions], -1)
+        return self.net(rows.flatten(0, 1)).squeeze(-1).unflatten(1, rows.shape[:2])
 
     def frozen(self, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
         """As `forward` for the first `members` networks, with a gradient to the inputs alone: (members, B).

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from robopost.data.batch import Obs, Spec
-from robopost.errors import ConfigError
+from robopost.errors import ConfigError, unknown
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.masked import masked_mean
 from robopost.nets.mlp import MLP
@@ -18,6 +18,7 @@ from robopost.policies.base import Policy
 from robopost.registry import POLICIES
 
 HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
+STD_MAPS = ("tanh", "clamp")
 ATANH_LIMIT = 1 - 1e-6  # demonstrated actions on the bound have no finite pre-image under tanh
 
 
@@ -33,7 +34,8 @@ class GaussianConfig(EncodedConfig):
     squash: bool = True  # tanh of the sample, with the exact change of variables in log_prob
     mean_tanh: bool = False  # tanh of the mean; only without squash
     state_std: bool = True  # std from the observation; off = one learned value per action dimension
-    log_std_init: float = 0.0  # without state_std
+    std_map: str = "tanh"  # of state_std's output: tanh = smoothly into the bounds, clamp = plus log_std_init
+    log_std_init: float = 0.0  # without state_std, or with std_map=clamp
     log_std_min: float = -5.0
     log_std_max: float = 2.0
 
@@ -42,6 +44,8 @@ class GaussianConfig(EncodedConfig):
             raise ConfigError(
                 f"policy.log_std_min={self.log_std_min} must be below policy.log_std_max={self.log_std_max}"
             )
+        if self.std_map not in STD_MAPS:
+            raise unknown("policy.std_map", self.std_map, STD_MAPS)
         if self.squash and self.mean_tanh:
             raise ConfigError(
                 "policy.mean_tanh=true needs policy.squash=false: the sample is squashed already"
@@ -80,13 +84,16 @@ class Gaussian(Policy):
     def distribution(self, obs: Obs, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-std (B, H, A) of the Gaussian before squashing, for normalised observations.
 
-        A state-dependent log-std is mapped smoothly into its bounds by tanh, a constant one is clamped.
+        A state-dependent log-std is mapped smoothly into its bounds by tanh, or clamped as a constant one is.
         """
         cfg = self.config
         out = self.net(self.encoder(obs, augment))
         if cfg.state_std:
             mean, raw = out.chunk(2, dim=-1)
-            log_std = cfg.log_std_min + 0.5 * (cfg.log_std_max - cfg.log_std_min) * (raw.tanh() + 1)
+            if cfg.std_map == "tanh":
+                log_std = cfg.log_std_min + 0.5 * (cfg.log_std_max - cfg.log_std_min) * (raw.tanh() + 1)
+            else:
+                log_std = (raw + cfg.log_std_init).clamp(cfg.log_std_min, cfg.log_std_max)
         else:
             mean, log_std = out, self.log_std.clamp(cfg.log_std_min, cfg.log_std_max).expand_as(out)
         if cfg.mean_tanh:
@@ -105,6 +112,20 @@ class Gaussian(Policy):
             pre = mean + log_std.exp() * noise
         chunk = pre.tanh() if self.config.squash else pre
         return chunk, self._density(pre, mean, log_std).sum((1, 2)), pre.unsqueeze(1)
+
+    def draw(self, mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Reparameterised samples from one evaluation of `distribution`, several per observation.
+
+        Args:
+            mean: (B, 1, A), of single actions.
+            log_std: (B, 1, A).
+            noise: (B, n, A) standard normal.
+
+        Returns:
+            (actions (B, n, A), their log-densities (B, n)).
+        """
+        pre = mean + log_std.exp() * noise
+        return pre.tanh() if self.config.squash else pre, self._density(pre, mean, log_std).sum(-1)
 
     def log_prob(self, obs: Obs, chain: Tensor) -> Tensor:
         """Log-density (B,) of `chain` (B, 1, H, A), the sample before tanh."""

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from robopost.algos.offline.cal_ql import CalQL, CalQLConfig
+from robopost.algos.offline.cql import CQL, CQLConfig
 from robopost.algos.offline.iql import IQL, IQLConfig
 from robopost.algos.offline.td3_bc import TD3BC, TD3BCConfig
 from robopost.algos.online.ppo import PPO, PPOConfig
@@ -23,6 +25,8 @@ CLASSES = {
     "td3_bc": (TD3BC, TD3BCConfig, "deterministic"),
     "sac": (SAC, SACConfig, "gaussian"),
     "iql": (IQL, IQLConfig, "gaussian"),
+    "cql": (CQL, CQLConfig, "gaussian"),
+    "cal_ql": (CalQL, CalQLConfig, "gaussian"),
     "ppo": (PPO, PPOConfig, "gaussian"),
 }
 
