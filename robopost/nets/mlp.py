@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from robopost.errors import unknown
@@ -74,6 +75,13 @@ class MLP(nn.Sequential):
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
         return fused.mlp(self, input) if fused.usable(self, input) else super().forward(input)
+
+    def frozen(self, x: Tensor) -> Tensor:
+        """As `forward`, with a gradient to the input alone: none of the weights' is computed."""
+        weights = {name: weight.detach() for name, weight in self.named_parameters()}
+        if fused.usable(self, x):
+            return fused.mlp(self, x, list(weights.values()))
+        return torch.func.functional_call(self, weights, (x,))
 
 
 class ResidualMLP(nn.Module):

@@ -69,7 +69,7 @@ class Gaussian(Policy):
         self.encoder = ObsEncoder(spec, self.obs_keys, self.history, config)
         self.size = self.horizon * spec.action_dim
         self.net = MLP(
-            self.encoder.out_dim,
+            self.input_dim(),
             config.hidden,
             self.size * (2 if config.state_std else 1),
             config.activation,
@@ -81,13 +81,20 @@ class Gaussian(Policy):
             self.log_std = nn.Parameter(torch.full((self.size,), float(config.log_std_init)))
         self.config: GaussianConfig = config
 
+    def input_dim(self) -> int:
+        """Inputs of `net`: the encoded observation."""
+        return self.encoder.out_dim
+
     def distribution(self, obs: Obs, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-std (B, H, A) of the Gaussian before squashing, for normalised observations.
 
         A state-dependent log-std is mapped smoothly into its bounds by tanh, or clamped as a constant one is.
         """
+        return self.head(self.net(self.encoder(obs, augment)))
+
+    def head(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Output of `net` to mean and log-std (B, H, A)."""
         cfg = self.config
-        out = self.net(self.encoder(obs, augment))
         if cfg.state_std:
             mean, raw = out.chunk(2, dim=-1)
             if cfg.std_map == "tanh":
@@ -133,7 +140,11 @@ class Gaussian(Policy):
 
     def action_log_prob(self, obs: Obs, chunk: Tensor) -> Tensor:
         """Log-density (B,) of a normalised chunk (B, H, A), e.g. of the dataset's actions."""
-        return self._density(self._pre(chunk), *self.distribution(obs)).sum((1, 2))
+        return self.chunk_log_prob(chunk, *self.distribution(obs))
+
+    def chunk_log_prob(self, chunk: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        """Log-density (B,) of a normalised chunk under an evaluated `distribution`; all (B, H, A)."""
+        return self._density(self._pre(chunk), mean, log_std).sum((1, 2))
 
     def entropy(self, obs: Obs) -> Tensor:
         """Entropy (B,) of the Gaussian before squashing, in nats."""
@@ -149,8 +160,17 @@ class Gaussian(Policy):
 
     def _density(self, pre: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
         """Log-density (B, H, A) per dimension of `pre` and, when squashing, of its tanh."""
-        density = -0.5 * ((pre - mean) * (-log_std).exp()).square() - log_std - HALF_LOG_2PI
-        if self.config.squash:
-            # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), exact where 1 - tanh^2 underflows.
-            density = density - 2 * (math.log(2) - pre - nn.functional.softplus(-2 * pre))
-        return density
+        density = tanh_normal_log_density if self.config.squash else normal_log_density
+        return density(pre, mean, log_std)
+
+
+def normal_log_density(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of a Gaussian, elementwise."""
+    return -0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - HALF_LOG_2PI
+
+
+def tanh_normal_log_density(pre: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of tanh(pre) where `pre` is Gaussian, elementwise."""
+    # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), exact where 1 - tanh^2 underflows.
+    log_slope = 2 * (math.log(2) - pre - nn.functional.softplus(-2 * pre))
+    return normal_log_density(pre, mean, log_std) - log_slope

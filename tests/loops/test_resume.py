@@ -24,6 +24,7 @@ POLICY = {
     "bc": ["policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1"],
     "td3_bc": ["policy=deterministic", "policy.hidden=[16]"],
     "iql": ["policy=gaussian", "policy.hidden=[16]"],
+    "famo2o_iql": ["policy=family", "policy.hidden=[16]", "policy.balance_hidden=[16]", "algo.balance_every=2"],
     "cql": ["policy=gaussian", "policy.hidden=[16]", "algo.hidden=[16]", "algo.lagrange_gap=0.8"],
     "cal_ql": ["policy=gaussian", "policy.hidden=[16]", "algo.hidden=[16]", "algo.max_backup=true"],
     "td3": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],

@@ -8,10 +8,11 @@ Two presets that are never mixed, because beta, the reward scale and the order o
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.algos.online.td3 import check_critics
@@ -27,21 +28,19 @@ VARIANTS = ("original", "corl")
 
 
 @dataclass
-class IQLConfig(AlgoConfig):
-    """Config of `IQL`."""
+class IQLCoreConfig(AlgoConfig):
+    """What IQL and its descendants share."""
 
-    name: str = "iql"
     variant: str = "original"  # original | corl: order of the steps, scale of the Q loss and initialisation
     batch_size: int = 256
     gamma: float = 0.99
     n_step: int = 1
     tau: float = 0.005  # Polyak weight of the target critics
     expectile: float = 0.7  # 0.5 = mean, towards 1 = maximum over the data's actions
-    beta: float = 3.0  # inverse temperature of the advantage weights, 0 = behaviour cloning
-    max_weight: float = 100.0
+    max_weight: float = 100.0  # cap of the advantage weights
     actor_lr: float = 3e-4
     critic_lr: float = 3e-4  # of Q and V
-    actor_decay_updates: int = 1_000_000  # cosine decay of actor_lr to 0, 0 = constant
+    actor_decay_updates: int = 1_000_000  # cosine decay of actor_lr to 0, 0 = constant, as it is online
     hidden: list[int] = field(default_factory=lambda: [256, 256])  # of Q and V
     num_critics: int = 2
 
@@ -51,8 +50,6 @@ class IQLConfig(AlgoConfig):
         check_critics(self)
         if not 0 < self.expectile < 1:
             raise ConfigError(f"algo.expectile={self.expectile} must lie in (0, 1)")
-        if self.beta < 0:
-            raise ConfigError(f"algo.beta={self.beta} must be 0 (behaviour cloning) or more")
         if not self.max_weight > 0:
             raise ConfigError(f"algo.max_weight={self.max_weight} must be above 0")
         if self.actor_decay_updates < 0:
@@ -61,14 +58,30 @@ class IQLConfig(AlgoConfig):
             )
 
 
+@dataclass
+class IQLConfig(IQLCoreConfig):
+    """Config of `IQL`."""
+
+    name: str = "iql"
+    beta: float = 3.0  # inverse temperature of the advantage weights, 0 = behaviour cloning
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta < 0:
+            raise ConfigError(f"algo.beta={self.beta} must be 0 (behaviour cloning) or more")
+
+
 def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
     """Mean |tau - 1[u < 0]| u^2 with u = Q(s, a) - V(s) (Kostrikov et al. 2021, eq. 4 and 5)."""
     weight = torch.where(diff < 0, 1 - expectile, expectile)
     return (weight * diff.square()).mean()
 
 
-def advantage_weights(advantage: Tensor, beta: float, limit: float) -> Tensor:
-    """min(exp(beta * A), limit), no gradient (Kostrikov et al. 2021, eq. 7; the cap is the code's)."""
+def advantage_weights(advantage: Tensor, beta: float | Tensor, limit: float) -> Tensor:
+    """min(exp(beta * A), limit), no gradient (Kostrikov et al. 2021, eq. 7; the cap is the code's).
+
+    `beta` is one number or one per sample.
+    """
     return (beta * advantage.detach()).exp().clamp(max=limit)
 
 
@@ -92,11 +105,12 @@ class IQL(Algorithm):
 
     registry_name = "iql"
     regime = "offline"
+    can_go_online = True
     steps = ("train_step",)
 
     def __init__(
         self,
-        config: IQLConfig,
+        config: IQLCoreConfig,
         policy: Policy,
         spec: Spec,
         *,
@@ -106,12 +120,13 @@ class IQL(Algorithm):
         super().__init__(config, policy, spec, device=device, generator=generator)
         if not hasattr(policy, "action_log_prob"):
             raise ConfigError(
-                f"algo=iql needs the log-probability of the data's actions; policy={policy.registry_name} "
-                "has none. Fix: policy=gaussian"
+                f"algo={self.registry_name} needs the log-probability of the data's actions; "
+                f"policy={policy.registry_name} has none. Fix: policy=gaussian"
             )
         if policy.horizon != 1:
             raise ConfigError(
-                f"algo=iql works on single actions, policy.horizon={policy.horizon}. Fix: set it to 1"
+                f"algo={self.registry_name} works on single actions, policy.horizon={policy.horizon}. "
+                "Fix: set it to 1"
             )
         original = config.variant == "original"
         keys, history = policy.obs_keys, policy.history
@@ -123,7 +138,7 @@ class IQL(Algorithm):
             spec, keys, config.hidden, init=init, out_gain=math.sqrt(2), history=history
         ).to(device)
         self._actor_flat, self._critic_flat, self._value_flat = (
-            Flat(policy),
+            Flat(self.cloned()),
             Flat(self.critic),
             Flat(self.value),
         )
@@ -131,6 +146,10 @@ class IQL(Algorithm):
         self.actor_optimizer = adam(self._actor_flat, config.actor_lr, scheduled=True)
         self.critic_optimizer = adam(self._critic_flat, config.critic_lr)
         self.value_optimizer = adam(self._value_flat, config.critic_lr)
+
+    def cloned(self) -> nn.Module:
+        """Holder of the parameters that the weighted cloning loss trains: the whole policy."""
+        return self.policy
 
     @property
     def needs(self) -> Needs:
@@ -140,14 +159,27 @@ class IQL(Algorithm):
     def update(self, batch: Batch) -> Metrics:
         """One update of V, the policy, Q and the target Q, in the variant's order."""
         cfg = self.config
-        if cfg.actor_decay_updates:
+        if cfg.actor_decay_updates and not self.online:
             done = min(1.0, self.updates / cfg.actor_decay_updates)
             set_lr(self.actor_optimizer, cfg.actor_lr * 0.5 * (1 + math.cos(math.pi * done)))
         self.updates += 1
-        return self.train_step(batch)
+        return self.next_step()(batch)
+
+    def next_step(self) -> Callable[[Batch], Metrics]:
+        """The step that this update takes, one of `steps`."""
+        return self.train_step
+
+    def begin_online(self) -> None:
+        """Fine-tuning needs a policy that still moves: back to the undecayed learning rate, constant from here."""
+        super().begin_online()
+        set_lr(self.actor_optimizer, self.config.actor_lr)
 
     def train_step(self, batch: Batch) -> Metrics:
         """The whole update; a pure function of the batch."""
+        return self._train(batch, self._policy_step)
+
+    def _train(self, batch: Batch, policy_step: Callable[[Batch, Tensor], Metrics]) -> Metrics:
+        """V, Q and target in the variant's order around `policy_step(batch, advantage (B,))`."""
         with torch.no_grad():
             target_q = self.critic_target(batch.obs, batch.action).amin(0)
             old_next_value = self.value(batch.next_obs) if self.config.variant == "corl" else None
@@ -157,11 +189,11 @@ class IQL(Algorithm):
             # The reference's order: V first, then pi and Q with the new V.
             with torch.no_grad():
                 new_value, next_value = self.value(batch.obs), self.value(batch.next_obs)
-            metrics |= self._policy_step(batch, target_q - new_value)
+            metrics |= policy_step(batch, target_q - new_value)
             return metrics | self._critic_step(batch, next_value)
         # CORL's order: everything with the V from before its step, pi last.
         metrics |= self._critic_step(batch, old_next_value)
-        return metrics | self._policy_step(batch, target_q - value.detach())
+        return metrics | policy_step(batch, target_q - value.detach())
 
     def _value_step(self, diff: Tensor) -> Metrics:
         loss = expectile_loss(diff, self.config.expectile)
