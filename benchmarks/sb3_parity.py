@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Final returns of PPO and SAC against stable-baselines3 at equal steps and equal settings.
 
-PPO: 300k steps on Hopper-v5 and HalfCheetah-v5, six seeds; SAC: 50k steps on HalfCheetah-v5, three seeds; one
-environment, stable-baselines3's default hyper-parameters on both sides. A run's result is its last policy's
+PPO: 300k steps on Hopper-v5 and HalfCheetah-v5, sixteen seeds; SAC: 50k steps on HalfCheetah-v5, three seeds;
+one environment, stable-baselines3's default hyper-parameters on both sides. That both PPOs compute the same
+thing, step by step, is a test (tests/algos/test_ppo_vs_sb3.py), so their returns differ by chance: six seeds
+gave a ratio of 0.82 with an interval of 0.65 to 1.06. The seeds were then fixed as 0 to 15 on both sides and both
+tasks, before any of 6 to 15 was run, and the figure is computed once all are there. A run's result is its last policy's
 mean return over 20 deterministic episodes, which start from the same seeds on both sides. Figures are ratios
 of the means over seeds, for PPO the mean of the two tasks' ratios; intervals resample seeds. Every run is a
 cell of its own, so that the table can be filled over several sittings and by several processes:
@@ -107,8 +110,8 @@ def run(bench: Bench) -> None:
         "ppo": bench.scale(smoke=4096, small=300_000, paper=1_000_000),
         "sac": bench.scale(smoke=300, small=50_000, paper=1_000_000),
     }
-    # PPO's returns differ by a factor of three between seeds here: three of them can't tell two libraries apart.
-    seeds = {"ppo": bench.scale(smoke=1, small=6, paper=10), "sac": bench.scale(smoke=1, small=3, paper=10)}
+    # PPO's returns differ by a factor of three between seeds here: a few of them can't tell two libraries apart.
+    seeds = {"ppo": bench.scale(smoke=1, small=16, paper=16), "sac": bench.scale(smoke=1, small=3, paper=10)}
     episodes = bench.scale(smoke=2, small=20, paper=20)
     rows, ratios, spread = [], {"ppo": [], "sac": []}, {"ppo": [], "sac": []}
     for algo, task in CASES:
