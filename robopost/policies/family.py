@@ -33,6 +33,7 @@ class FamilyConfig(GaussianConfig):
     encoding_base: float = 10_000.0  # n of e(c)
     balance_hidden: list[int] = field(default_factory=lambda: [256, 256])
     balance_state_std: bool = False  # std of the balance model from the observation; off = one learned value
+    balance_log_std_init: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -133,13 +134,14 @@ class Balance(nn.Module):
         # A last layer of gain 0.01 starts c near the middle of its range in every state.
         self.net = MLP(in_dim, config.balance_hidden, out, init="orthogonal", out_gain=0.01)
         if not config.balance_state_std:
-            self.log_std = nn.Parameter(torch.zeros(1))
+            self.log_std = nn.Parameter(torch.full((1,), float(config.balance_log_std_init)))
+        self.offset = config.balance_log_std_init
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and log-std (B,) before tanh."""
         out = self.net(features)
         mean = out[..., 0]
-        log_std = self.log_std.expand_as(mean) if out.shape[-1] == 1 else out[..., 1]
+        log_std = self.log_std.expand_as(mean) if out.shape[-1] == 1 else out[..., 1] + self.offset
         return mean, log_std.clamp(*BALANCE_LOG_STD)
 
 

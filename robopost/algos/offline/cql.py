@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.algos.online.sac import actor_loss
@@ -163,7 +163,7 @@ class CQL(Algorithm):
             orthogonal=config.orthogonal,
             out_gain=OUT_GAIN,
         ).to(device)
-        self._actor_flat, self._critic_flat = Flat(policy), Flat(self.critic)
+        self._actor_flat, self._critic_flat = Flat(self.actor_module()), Flat(self.critic)
         self.critic_target, self._critic_target_flat = frozen_copy(self.critic)
         self.actor_optimizer = adam(self._actor_flat, config.actor_lr)
         self.critic_optimizer = adam(self._critic_flat, config.critic_lr)
@@ -177,6 +177,10 @@ class CQL(Algorithm):
             self.multiplier_optimizer = adam(self._multiplier_flat, config.multiplier_lr)
         self._target_entropy = config.target_entropy * spec.action_dim
         self._uniform_density = spec.action_dim * math.log(0.5)
+
+    def actor_module(self) -> nn.Module:
+        """Holder of the parameters that `actor_loss` trains: the whole policy."""
+        return self.policy
 
     @property
     def needs(self) -> Needs:

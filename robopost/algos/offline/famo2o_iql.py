@@ -108,7 +108,7 @@ class FamO2OIQL(IQL):
         self.balance_optimizer = adam(self._balance_flat, config.balance_lr)
         self.temperature_optimizer = adam(self._temperature_flat, config.temperature_lr)
 
-    def cloned(self) -> nn.Module:
+    def actor_module(self) -> nn.Module:
         """The universal policy."""
         return as_family(self.policy, self.registry_name).universal_parameters()
 

@@ -138,7 +138,7 @@ class IQL(Algorithm):
             spec, keys, config.hidden, init=init, out_gain=math.sqrt(2), history=history
         ).to(device)
         self._actor_flat, self._critic_flat, self._value_flat = (
-            Flat(self.cloned()),
+            Flat(self.actor_module()),
             Flat(self.critic),
             Flat(self.value),
         )
@@ -147,7 +147,7 @@ class IQL(Algorithm):
         self.critic_optimizer = adam(self._critic_flat, config.critic_lr)
         self.value_optimizer = adam(self._value_flat, config.critic_lr)
 
-    def cloned(self) -> nn.Module:
+    def actor_module(self) -> nn.Module:
         """Holder of the parameters that the weighted cloning loss trains: the whole policy."""
         return self.policy
 
