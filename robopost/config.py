@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from robopost.errors import ConfigError
+from robopost.errors import ConfigError, unknown
+
+ONLINE_SAMPLING = ("symmetric", "uniform")
 
 
 def check_seed(seed: int) -> None:
@@ -66,6 +68,9 @@ class DataConfig:
     device: str = "auto"  # auto = on the training device when it fits
     reward_scale: float = 1.0  # reward * scale + shift
     reward_shift: float = 0.0
+    sparse_reward: bool = (
+        False  # return_to_go: a constant reward up to a time limit is taken to go on for ever
+    )
     collect: int = 0  # episodes to record with the env's scripted expert at the start, when path is empty
     quality: float = 0.7  # of that expert, 0 (random) to 1
 
@@ -84,16 +89,24 @@ class DataConfig:
 
 @dataclass
 class LoopConfig:
-    """Lengths and intervals of a run, in updates (offline) or environment steps (off-policy, on-policy)."""
+    """Lengths and intervals of a run, in updates (offline) or environment steps (off-policy, on-policy).
+
+    An offline algorithm may go on online: the step counter then runs on from `steps` updates through `online_steps`
+    environment steps.
+    """
 
     steps: int = 10_000  # updates (offline) or environment steps
+    online_steps: int = 0  # environment steps after the updates of an offline algorithm, 0 = stay offline
+    online_sampling: str = (
+        "symmetric"  # symmetric (half of each batch recorded, half new) | uniform (over both)
+    )
     log_every: int = 500  # steps between log lines
     eval_every: int = 0  # 0 = only at the end
     eval_episodes: int = 20  # per evaluation
     eval_deterministic: bool = True  # the policy's mode; false samples, which multi-modal human data asks for
     checkpoint_every: int = 0  # 0 = only at the end
     keep_checkpoints: int = 2  # newest ones kept
-    buffer_size: int = 1_000_000  # transitions, off-policy
+    buffer_size: int = 1_000_000  # transitions of a run's own experience, off-policy and online
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_episodes", "keep_checkpoints", "buffer_size"):
@@ -102,6 +115,15 @@ class LoopConfig:
         for name in ("eval_every", "checkpoint_every"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"loop.{name}={getattr(self, name)} must be 0 (only at the end) or more")
+        if self.online_steps < 0:
+            raise ConfigError(f"loop.online_steps={self.online_steps} must be 0 (stay offline) or more")
+        if self.online_sampling not in ONLINE_SAMPLING:
+            raise unknown("loop.online_sampling", self.online_sampling, ONLINE_SAMPLING)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run, both phases."""
+        return self.steps + self.online_steps
 
 
 @dataclass
@@ -189,12 +211,18 @@ class CollectConfig:
     seed: int = 0  # episode i is reset with seed + i
     num_envs: int = 16  # parallel environments
     device: str = "auto"
+    suite: str = (
+        ""  # record sets of a suite instead, e.g. mujoco_v5/hopper-medium or mujoco_v5; out= is their folder
+    )
+    scale: float = 1.0  # with suite=: share of each set's transitions
 
     def __post_init__(self) -> None:
         if self.episodes < 1:
             raise ConfigError(f"episodes={self.episodes} must be at least 1")
         if not 0.0 <= self.quality <= 1.0:
             raise ConfigError(f"quality={self.quality} must lie in 0..1")
+        if not 0.0 < self.scale <= 1.0:
+            raise ConfigError(f"scale={self.scale} must lie above 0 and at most 1")
         check_seed(self.seed)
         if self.noise < 0.0:
             raise ConfigError(f"noise={self.noise} must be 0 or more")

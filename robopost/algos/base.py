@@ -57,6 +57,9 @@ class Algorithm(ABC):
     registry_name: ClassVar[str] = ""
     regime: ClassVar[str] = ""  # "offline", "offpolicy" or "onpolicy": the loop that runs it
     steps: ClassVar[tuple[str, ...]] = ()  # methods that `accelerate` wraps: pure functions of tensors
+    can_go_online: ClassVar[bool] = (
+        False  # offline algorithms that may go on in an environment, see `begin_online`
+    )
 
     def __init__(
         self, config: Any, policy: Policy, spec: Spec, *, device: torch.device, generator: torch.Generator
@@ -67,6 +70,7 @@ class Algorithm(ABC):
         self.device = device
         self.generator = generator
         self.updates = 0
+        self.online = False  # an offline algorithm in its online phase
 
     @property
     @abstractmethod
@@ -82,6 +86,16 @@ class Algorithm(ABC):
 
         For what depends on all of it, e.g. an index of nearest neighbours. Must draw no random numbers.
         """
+
+    def begin_online(self) -> None:
+        """The offline updates are done, experience of the algorithm's own policy joins its batches from now on.
+
+        Called once, between two updates; a resumed run finds `online` in the algorithm's state instead. Networks,
+        optimisers and random streams go on as they are. Captured graphs are dropped: `train_step` and its like may
+        look at `online`.
+        """
+        self.online = True
+        self._drop_graphs()
 
     def explore(self, obs: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """Executed action (B, A) in environment units for collecting; default: a stochastic sample of the policy."""
@@ -101,7 +115,7 @@ class Algorithm(ABC):
     def state_dict(self) -> dict[str, Any]:
         """`{"tensors": {name: tensor}, "json": {...}}`: all state of networks, optimisers and plain tensors."""
         tensors: dict[str, Tensor] = {}
-        plain: dict[str, Any] = {"updates": self.updates}
+        plain: dict[str, Any] = {"updates": self.updates, "online": self.online}
         for name, value in sorted(vars(self).items()):
             if isinstance(value, nn.Module):
                 tensors |= {f"{name}/{key}": tensor.detach() for key, tensor in value.state_dict().items()}
@@ -123,6 +137,7 @@ class Algorithm(ABC):
         """
         tensors, plain = dict(state["tensors"]), state["json"]
         self.updates = int(plain["updates"])
+        self.online = bool(plain.get("online", False))
         with torch.no_grad():
             for name, value in sorted(vars(self).items()):
                 if isinstance(value, nn.Module):
@@ -132,12 +147,16 @@ class Algorithm(ABC):
                     _load_optimizer(name, value, tensors, plain)
                 elif isinstance(value, Tensor):
                     _copy_into(value, name, tensors)
-                elif isinstance(value, CudaGraph):
-                    value.reset()  # loading has replaced the optimiser state the graph was captured with
+        self._drop_graphs()  # loading has replaced the optimiser state they were captured with
         if tensors:
             raise CheckpointError(
                 f"checkpoint holds {sorted(tensors)[0]!r}, which {type(self).__name__} doesn't know"
             )
+
+    def _drop_graphs(self) -> None:
+        for value in vars(self).values():
+            if isinstance(value, CudaGraph):
+                value.reset()
 
 
 def _copy_into(target: Tensor, name: str, tensors: dict[str, Tensor]) -> None:

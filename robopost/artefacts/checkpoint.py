@@ -68,9 +68,12 @@ def save_folder(folder: Path, files: dict[str, dict[str, Any]]) -> None:
 
 
 def save_checkpoint(
-    run: Path, step: int, files: dict[str, dict[str, Any]], *, policy: Policy, keep: int = 2
+    run: Path, step: int, files: dict[str, dict[str, Any]], *, policy: Policy, keep: int = 2, spare: int = -1
 ) -> Path:
-    """Save `files` plus the exported policy as `run/checkpoints/step_<step>` and point LATEST at it."""
+    """Save `files` plus the exported policy as `run/checkpoints/step_<step>` and point LATEST at it.
+
+    The newest `keep` stay, and the one of step `spare`.
+    """
     root = run / "checkpoints"
     folder = root / f"step_{step:09d}"
     for leftover in root.glob(".step_*.partial-*"):  # of a process that was killed while writing
@@ -83,7 +86,8 @@ def save_checkpoint(
     _sync(root)
     older = sorted(path for path in root.glob("step_*") if path.name < folder.name)
     for path in older[: max(0, len(older) - keep + 1)]:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.name != f"step_{spare:09d}":
+            shutil.rmtree(path, ignore_errors=True)
     return folder
 
 

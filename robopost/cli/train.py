@@ -21,12 +21,14 @@ EXAMPLES = (
     "robopost train algo=sac env=HalfCheetah-v5 steps=50000 seed=1",
     "robopost train algo=bc policy=flow data=data/push.zarr env=arm_push algo.lr=3e-4",
     "robopost train resume=runs/<run> loop.steps=100000",
+    "robopost train algo=iql data=<path> env=hopper steps=1e6 loop.online_steps=50000     # offline, then online",
     "robopost train algo=ppo --help          # settings of ppo",
 )
 GROUPS = ("algo", "policy", "env", "data", "track", "recipe")
 # What may change when a run goes on: lengths, intervals and where it is shown. All else would be another run.
 RESUMABLE = (
     "loop.steps",
+    "loop.online_steps",
     "loop.log_every",
     "loop.eval_every",
     "loop.eval_episodes",

@@ -118,13 +118,22 @@ def bootstrap_discount(terminated: Tensor, gamma: float, steps: Tensor | int = 1
 
 def concat(first: Batch, second: Batch) -> Batch:
     """Concatenate two batches along the batch dimension; both must carry the same fields."""
+    return _join(first, second, lambda a, b: torch.cat([a, b]))
+
+
+def choose(mask: Tensor, first: Batch, second: Batch) -> Batch:
+    """The samples of `first` where `mask` (B,) bool, those of `second` elsewhere; both must carry the same fields."""
+    return _join(first, second, lambda a, b: torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b))
+
+
+def _join(first: Batch, second: Batch, fn: Callable[[Tensor, Tensor], Tensor]) -> Batch:
     joined: dict[str, Any] = {}
     for item in fields(Batch):
         a, b = getattr(first, item.name), getattr(second, item.name)
         if isinstance(a, Tensor) and isinstance(b, Tensor):
-            joined[item.name] = torch.cat([a, b])
+            joined[item.name] = fn(a, b)
         elif isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-            joined[item.name] = {key: torch.cat([a[key], b[key]]) for key in a}
+            joined[item.name] = {key: fn(a[key], b[key]) for key in a}
         elif a is None and b is None:
             joined[item.name] = None
         else:

@@ -17,6 +17,7 @@ from robopost.data import journal
 from robopost.data.batch import Batch, Obs, Spec
 from robopost.data.files import disk_errors
 from robopost.data.indexing import take
+from robopost.data.returns import EpisodeReturns
 from robopost.errors import ConfigError, DataError, unknown
 
 STORAGES = ("auto", "ram", "device", "mmap")
@@ -47,6 +48,8 @@ class ReplayBuffer:
         *,
         path: str | Path | None = None,
         history: int = 1,
+        return_gamma: float | None = None,
+        sparse_reward: bool = False,
     ) -> None:
         """Allocate the buffer.
 
@@ -58,6 +61,8 @@ class ReplayBuffer:
             storage: where transitions live: `"device"`, `"ram"`, `"mmap"` (files), `"auto"` = `"device"`.
             path: folder of the files of `"mmap"`, default: a temporary one.
             history: observations per step; above 1 every key has the shape (history, ...).
+            return_gamma: discount of the extra `"return_to_go"`, None = it isn't kept.
+            sparse_reward: see `robopost.data.indexing.returns_to_go`.
         """
         if storage not in STORAGES:
             raise unknown("buffer storage", storage, STORAGES)
@@ -102,6 +107,11 @@ class ReplayBuffer:
         )  # slot of a step that ended an episode
         self._ended = np.ones(num_envs, bool)  # which environments' newest step ended an episode
         self._env = torch.arange(num_envs, device=self._home)
+        self._returns: EpisodeReturns | None = None
+        if return_gamma is not None:
+            self._returns = EpisodeReturns(
+                self.steps_per_env, num_envs, return_gamma, sparse_reward, self._home
+            )
 
     def __len__(self) -> int:
         return min(self.total, self.steps_per_env) * self.num_envs
@@ -147,6 +157,8 @@ class ReplayBuffer:
         self.next_row[base : base + n] = self._env + self._rows
         if ended.any():
             self._keep_final(position, np.flatnonzero(ended))
+        if self._returns is not None:
+            self._returns.add(position, _host(reward, np.float32), _host(terminated), ended)
         self._ended = ended
         self.total += 1
 
@@ -166,7 +178,7 @@ class ReplayBuffer:
             generator: on the buffer's device.
             n_step: rewards summed per sample; fewer at an episode's end and at the newest step.
             gamma: discount per step.
-            extra: `"next_action"` (with `"next_action_mask"`) or nothing.
+            extra: `"next_action"` (with `"next_action_mask"`), `"return_to_go"` (-inf while the episode runs).
 
         Returns:
             Batch with `discount` = gamma^k for the true k, 0 on terminated.
@@ -200,7 +212,7 @@ class ReplayBuffer:
             terminated=terminated,
             truncated=take(self.truncated, last),
             discount=(~terminated).to(torch.float32) * power,
-            extra=self._extra(next_row, last, extra) if extra else None,
+            extra=self._extra(rows, next_row, last, gamma, extra) if extra else None,
         )
         return batch if self._home == self.device else batch.to(self.device)
 
@@ -228,6 +240,8 @@ class ReplayBuffer:
             CheckpointError: segments are missing, or of a buffer with other shapes.
         """
         journal.restore(self, Path(folder), cursor)
+        if self._returns is not None:
+            self._returns.rebuild(self.total, self.reward, self.terminated, self.truncated)
 
     def cut(self) -> None:
         """Truncate every running episode after its newest step: the next `add` starts new ones."""
@@ -237,6 +251,8 @@ class ReplayBuffer:
         position = (self.total - 1) % self.steps_per_env
         self.truncated[torch.from_numpy(going).to(self._home) + position * self.num_envs] = True
         self._keep_final(position, going)
+        if self._returns is not None:
+            self._returns.end(position, going, np.zeros(self.num_envs, bool))
         self._ended = np.ones(self.num_envs, bool)
 
     def load_steps(self, start: int, steps: dict[str, Tensor], pending: Obs | None) -> None:
@@ -302,15 +318,19 @@ class ReplayBuffer:
         until_newest = ((self.total - 1) % length - step) % length
         return window, (ended_before == 0) & (offset <= until_newest[:, None])
 
-    def _extra(self, next_row: Tensor, last: Tensor, names: Sequence[str]) -> Obs:
+    def _extra(self, rows: Tensor, next_row: Tensor, last: Tensor, gamma: float, names: Sequence[str]) -> Obs:
         out: Obs = {}
         for name in names:
-            if name != "next_action":
-                raise unknown("extra of a replay buffer", name, ["next_action"], DataError)
-            # A next observation inside the ring is a step whose action is known.
-            mask = next_row < self._rows
-            out[name] = take(self.action, torch.where(mask, next_row, last))
-            out["next_action_mask"] = mask
+            if name == "next_action":
+                # A next observation inside the ring is a step whose action is known.
+                mask = next_row < self._rows
+                out[name] = take(self.action, torch.where(mask, next_row, last))
+                out["next_action_mask"] = mask
+            elif name == "return_to_go" and self._returns is not None:
+                out[name] = take(self._returns.of(gamma), rows)
+            else:
+                known = ["next_action", "return_to_go"] if self._returns is not None else ["next_action"]
+                raise unknown("extra of a replay buffer", name, known, DataError)
         return out
 
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -378,7 +398,7 @@ class ReplayBuffer:
         return tensor.to(self._home)
 
 
-def _host(flags: Any) -> np.ndarray:
-    if isinstance(flags, Tensor):
-        flags = flags.cpu().numpy()
-    return np.asarray(flags, bool)
+def _host(values: Any, kind: type = bool) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.cpu().numpy()
+    return np.asarray(values, kind)

@@ -56,6 +56,7 @@ class Dataset:
         storage: torch.device | str | None = None,
         reward_scale: float = 1.0,
         reward_shift: float = 0.0,
+        sparse_reward: bool = False,
     ) -> None:
         """Use `load` or `from_episodes`. `storage` is where the tensors live, default: on `device`."""
         self.spec = spec
@@ -71,6 +72,7 @@ class Dataset:
             self.reward = self.reward * reward_scale + reward_shift
         self.extras: Obs = {key: put(value) for key, value in columns.extras.items()}
         self._lengths = columns.lengths
+        self._endless = ~columns.terminated if sparse_reward else None
         self._index = make_index(columns).to(self._home)
         self.terminated = last_flags(columns.terminated, columns).to(self._home)
         self.truncated = last_flags(columns.truncated, columns).to(self._home)
@@ -118,6 +120,7 @@ class Dataset:
                 storage=_storage(config.device, torch.device(device), columns),
                 reward_scale=config.reward_scale,
                 reward_shift=config.reward_shift,
+                sparse_reward=config.sparse_reward,
             )
 
     @classmethod
@@ -128,10 +131,12 @@ class Dataset:
         *,
         device: torch.device | str = "cpu",
         name: str = "memory",
+        sparse_reward: bool = False,
     ) -> Dataset:
         """A dataset of episodes held in memory; `name` becomes its `dataset_id`."""
         columns = columns_of(episodes, spec)
-        return cls(columns, spec, column_stats(columns, spec, name), name, device=device)
+        stats = column_stats(columns, spec, name)
+        return cls(columns, spec, stats, name, device=device, sparse_reward=sparse_reward)
 
     @property
     def num_steps(self) -> int:
@@ -196,19 +201,23 @@ class Dataset:
             n_step: rewards summed per sample; fewer where the episode ends before.
             gamma: discount per step.
             extra: any of `"return_to_go"` (discounted sum of the rewards from here to the episode's end, no
-                bootstrap), `"next_action"` (the action taken at `next_obs`, with `"next_action_mask"` False
-                where none was recorded), `"step"` (the dataset step a sample begins at, (B,) int64), or a
-                per-step extra of the store.
+                bootstrap; see `returns_to_go`), `"next_action"` (the action taken at `next_obs`, with
+                `"next_action_mask"` False where none was recorded), `"step"` (the dataset step a sample begins
+                at, (B,) int64), or a per-step extra of the store.
             history: h observations (B, h, ...) as in `sample_chunks`.
             keys: observation keys wanted, None = all.
 
         Returns:
             Batch with `discount` = gamma^k for the true k, 0 on terminated.
         """
-        usable = self._index.usable
-        pick = self._draw(self.num_transitions, batch_size, generator)
-        steps = pick if usable is None else take(usable, pick)
+        steps = self.transition_steps(self._draw(self.num_transitions, batch_size, generator))
         return self.transitions_at(steps, n_step=n_step, gamma=gamma, extra=extra, history=history, keys=keys)
+
+    def transition_steps(self, pick: Tensor) -> Tensor:
+        """The steps of the transitions numbered `pick` (B,) int64, each in 0..num_transitions - 1."""
+        usable = self._index.usable
+        pick = pick.to(self._home)
+        return pick if usable is None else take(usable, pick)
 
     def transitions_at(
         self,
@@ -324,7 +333,7 @@ class Dataset:
 
     def _return_to_go(self, gamma: float) -> Tensor:
         if gamma not in self._returns:
-            returns = returns_to_go(self.reward.cpu().numpy(), self._lengths, gamma)
+            returns = returns_to_go(self.reward.cpu().numpy(), self._lengths, gamma, self._endless)
             self._returns[gamma] = torch.from_numpy(returns).to(self._home)
         return self._returns[gamma]
 

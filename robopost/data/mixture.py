@@ -1,16 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`MixedSampler`: demonstrations and a run's own experience in one batch."""
+"""Recorded and a run's own experience in one batch: `MixedSampler` by share, `UniformSampler` by size."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 
-from robopost.data.batch import Batch, Spec, concat
+from robopost.data.batch import Batch, Spec, choose, concat
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError, DataError
+
+
+class Sampler(Protocol):
+    """What an update draws its batches from."""
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        extra: Sequence[str] = (),
+    ) -> Batch:
+        """As `ReplayBuffer.sample`."""
+        ...
 
 
 def check_same_task(env: Spec, demos: Spec) -> None:
@@ -45,6 +62,11 @@ class MixedSampler:
         self.dataset = dataset
         self.fraction = fraction
 
+    @property
+    def online_fraction(self) -> float:
+        """Share of the run's own experience in a batch."""
+        return 1.0 - self.fraction
+
     def sample(
         self,
         batch_size: int,
@@ -55,6 +77,7 @@ class MixedSampler:
         extra: Sequence[str] = (),
     ) -> Batch:
         """As `ReplayBuffer.sample`, demonstrations first."""
+        _no_steps(extra)
         demos = round(batch_size * self.fraction)
         parts: list[Batch] = []
         if demos:
@@ -74,3 +97,55 @@ class MixedSampler:
                 self.buffer.sample(batch_size - demos, generator, n_step=n_step, gamma=gamma, extra=extra)
             )
         return parts[0] if len(parts) == 1 else concat(*parts)
+
+
+class UniformSampler:
+    """Batches drawn uniformly from a dataset and a buffer as if they were one: shares follow the sizes."""
+
+    def __init__(self, buffer: ReplayBuffer, dataset: Dataset) -> None:
+        """Check that both hold the same task.
+
+        Raises:
+            DataError: keys, shapes or the action size differ.
+        """
+        check_same_task(buffer.spec, dataset.spec)
+        self.buffer = buffer
+        self.dataset = dataset
+
+    @property
+    def online_fraction(self) -> float:
+        """Share of the run's own experience in a batch, on average."""
+        return len(self.buffer) / (len(self.buffer) + self.dataset.num_transitions)
+
+    def sample(
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        *,
+        n_step: int = 1,
+        gamma: float = 0.99,
+        extra: Sequence[str] = (),
+    ) -> Batch:
+        """As `ReplayBuffer.sample`; the order of recorded and own experience is random."""
+        _no_steps(extra)
+        recorded = self.dataset.num_transitions
+        high = recorded + len(self.buffer)
+        pick = torch.randint(high, (batch_size,), generator=generator, device=generator.device)
+        ours = pick >= recorded
+        # Each sample is looked up in both and chosen afterwards: shapes stay fixed, the host never learns the split.
+        ahead = {"n_step": n_step, "gamma": gamma, "extra": extra}
+        old = self.dataset.transitions_at(
+            self.dataset.transition_steps(torch.where(ours, 0, pick)),
+            history=self.buffer.history,
+            keys=self.buffer.spec.obs.keys(),
+            **ahead,
+        )
+        new = self.buffer.transitions_at(torch.where(ours, pick - recorded, 0), **ahead)
+        return choose(ours.to(self.buffer.device), new, old)
+
+
+def _no_steps(extra: Sequence[str]) -> None:
+    if "step" in extra:
+        raise DataError(
+            "an algorithm that asks for each sample's dataset step can't learn online: new experience has none"
+        )

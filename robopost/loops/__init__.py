@@ -11,7 +11,7 @@ from pathlib import Path
 from robopost.accel import configure
 from robopost.config import TrainConfig
 from robopost.errors import ConfigError
-from robopost.loops.offline import run_offline
+from robopost.loops.offline import check_online, run_offline
 from robopost.loops.offpolicy import run_offpolicy
 from robopost.loops.onpolicy import run_onpolicy
 from robopost.loops.run import Run, with_seed
@@ -52,6 +52,8 @@ def train(config: TrainConfig, command: str = "") -> Path:
         raise ConfigError(
             f"algo={config.algo.name} learns in an environment and env is empty. Fix: env=<name>"
         )
+    if config.loop.online_steps:
+        check_online(config)
     # algo.needs may depend on the built algorithm; the regime doesn't, and picks the loop before anything is built.
     loop = LOOPS[ALGOS.get(config.algo.name).target.regime]
     seeds = range(config.seed, config.seed + config.seeds)

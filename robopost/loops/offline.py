@@ -1,25 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline loop: updates from a fixed dataset; the unit of progress is one update."""
+"""The offline loop: updates from a fixed dataset; the unit of progress is one update.
+
+With `loop.online_steps` the same algorithm goes on in the environment, in the off-policy loop's `interact`.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from robopost.algos.base import Algorithm
 from robopost.config import TrainConfig
 from robopost.data.batch import Spec
+from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
+from robopost.data.mixture import MixedSampler, Sampler, UniformSampler
 from robopost.errors import CheckpointError, ConfigError
+from robopost.loops.offpolicy import interact, make_training_env
 from robopost.loops.run import Files, Run
 from robopost.policies.base import Policy
+from robopost.registry import ALGOS
 from robopost.vector import make_vec
 
 REACH_SLACK = 1e-3
 
 
 def run_offline(run: Run) -> None:
-    """Train from `config.data` until `config.loop.steps` updates are done."""
+    """Train from `config.data` until `config.loop.steps` updates are done, then online where the config asks."""
     config = run.config
     if not config.data.path:
         raise ConfigError(
@@ -38,9 +47,9 @@ def run_offline(run: Run) -> None:
             f"{config.data.path} has changed since {run.folder} was trained on it. "
             "Fix: restore it, or start a new run with out=<folder>"
         )
-    dataset = algo.policy.label_demos(dataset)
+    recorded = algo.policy.label_demos(dataset)
     # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
-    dataset = dataset.normalise(algo.policy.normaliser)
+    dataset = recorded.normalise(algo.policy.normaliser)
     algo.attach(dataset)
     generator = run.generators["data"]
 
@@ -63,6 +72,59 @@ def run_offline(run: Run) -> None:
             )
         run.record(algo.update(batch))
         run.after(step, algo, extra_state)
+    if config.loop.online_steps:
+        _go_online(run, algo, recorded, state)
+
+
+def check_online(config: TrainConfig) -> None:
+    """Say before anything is built that `config` can't have an online phase.
+
+    Raises:
+        ConfigError: the algorithm doesn't go online, or there is no environment.
+    """
+    target, steps = ALGOS.get(config.algo.name).target, config.loop.online_steps
+    if target.regime != "offline":
+        raise ConfigError(
+            f"loop.online_steps={steps} follows offline updates, and algo={config.algo.name} learns online from "
+            "its first step. Fix: loop.steps=<environment steps> alone"
+        )
+    if not target.can_go_online:
+        able = ", ".join(entry.name for entry in ALGOS if entry.target.can_go_online)
+        raise ConfigError(
+            f"loop.online_steps={steps}: algo={config.algo.name} only learns from recorded data. "
+            f"Algorithms that go on online: {able}. Fix: one of them, or loop.online_steps=0"
+        )
+    if config.env is None:
+        raise ConfigError(f"loop.online_steps={steps} needs an environment and env is empty. Fix: env=<name>")
+
+
+def _go_online(run: Run, algo: Algorithm, recorded: Dataset, state: dict[str, Any] | None) -> None:
+    """The online phase: `algo` as the offline phase has left it, `recorded` in environment units."""
+    config, loop, needs, policy = run.config, run.config.loop, algo.needs, algo.policy
+    env = make_training_env(config)
+    try:
+        if policy.wraps_env:
+            env = policy.wrap_env(env)
+        obs = {key: recorded.spec.obs[key] for key in policy.obs_keys}
+        buffer = ReplayBuffer(
+            replace(recorded.spec, obs=obs),
+            loop.buffer_size,
+            env.num_envs,
+            run.device,
+            history=env.history,
+            return_gamma=needs.gamma if "return_to_go" in needs.extra else None,
+            sparse_reward=config.data.sparse_reward,
+        )
+        sampler: Sampler = MixedSampler(buffer, recorded, 0.5)
+        if loop.online_sampling == "uniform":
+            sampler = UniformSampler(buffer, recorded)
+        if not algo.online:
+            algo.begin_online()
+            state = None  # of the offline phase
+        extra = {"dataset": recorded.dataset_id, "online_from": loop.steps}
+        interact(run, algo, env, buffer, sampler, state, started=loop.steps, extra=extra)
+    finally:
+        env.close()
 
 
 def _check_reach(policy: Policy, dataset: Dataset) -> None:

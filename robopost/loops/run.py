@@ -133,7 +133,7 @@ class Run:
         _write_json(self.folder / "provenance.json", described)
         _write_json(self.folder / "config.json", plain)  # last: it makes the folder a run
         self.tracker = make_tracker(
-            self.folder, self.config.track, plain, self.step, total=self.config.loop.steps
+            self.folder, self.config.track, plain, self.step, total=self.config.loop.total
         )
         self._marked_step = self.step
         self._mark = time.perf_counter()
@@ -150,7 +150,7 @@ class Run:
         self._updates += 1
 
     def record_episode(self, values: dict[str, float]) -> None:
-        """Add the figures of one finished training episode, e.g. `train/return`."""
+        """Add numbers known on the host, e.g. `train/return` of one finished episode; a log line has their mean."""
         for key, value in values.items():
             self._episodes.setdefault(key, []).append(value)
 
@@ -170,7 +170,8 @@ class Run:
             True when a checkpoint was written.
         """
         loop, before, self.step = self.config.loop, self.step, step
-        last = step >= loop.steps
+        # The end of the offline updates is logged, evaluated and saved like the end of the run.
+        last = step >= loop.total or step == loop.steps
         if last or _crossed(before, step, loop.log_every):
             self._log(step)
         saving = last or _crossed(before, step, loop.checkpoint_every)
@@ -269,6 +270,7 @@ class Run:
             {"model.safetensors": state["tensors"] | streams, "state.json": plain} | files,
             policy=algo.export_policy(),
             keep=self.config.loop.keep_checkpoints,
+            spare=self.config.loop.steps,  # the offline result outlives the online phase
         )
 
     def _restore(self, algo: Algorithm, checkpoint: Path) -> dict[str, Any]:
@@ -280,6 +282,7 @@ class Run:
                     f"{checkpoint} was written by {key} {plain.get(key)!r}, this run has {wanted!r}. "
                     "Fix: use another out= folder, or fine-tune with policy=<run>"
                 )
+        self._check_phase(checkpoint, int(plain["step"]), plain["loop"].get("online_from"))
         tensors = load_tensors(checkpoint / "model.safetensors")
         for name, generator in self.generators.items():
             generator.set_state(tensors.pop(f"rng/{name}"))
@@ -287,9 +290,22 @@ class Run:
         algo.load_state_dict({"tensors": tensors, "json": plain["algorithm"]})
         self.step = int(plain["step"])
         log.info("resumed %s at step %d", self.folder, self.step)
-        if self.step >= self.config.loop.steps:
-            log.warning("nothing to do: loop.steps=%d. Fix: raise loop.steps", self.config.loop.steps)
+        loop = self.config.loop
+        if self.step >= loop.total:
+            name = "online_steps" if loop.online_steps else "steps"
+            log.warning("nothing to do: loop.%s=%d. Fix: raise loop.%s", name, getattr(loop, name), name)
         return plain["loop"] | {"checkpoint": str(checkpoint)}
+
+    def _check_phase(self, checkpoint: Path, step: int, online_from: int | None) -> None:
+        """Refuse lengths under which the checkpoint's online phase would begin at another step."""
+        steps, online = self.config.loop.steps, self.config.loop.online_steps
+        began = online_from if online_from is not None else step if online and step > steps else steps
+        if began != steps:
+            did = "went online after" if online_from is not None else "has done"
+            raise CheckpointError(
+                f"{checkpoint} {did} {began} offline updates, loop.steps={steps} doesn't fit. "
+                f"Fix: loop.steps={began}; loop.online_steps lengthens the online phase"
+            )
 
 
 def stream_seed(seed: int, stream: int) -> int:

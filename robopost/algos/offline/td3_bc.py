@@ -26,11 +26,14 @@ class TD3BCConfig(TD3CoreConfig):
 
     name: str = "td3_bc"
     alpha: float = 2.5  # weight of Q against cloning; 0 = behaviour cloning
+    exploration_noise: float = 0.1  # std, normalised action units; in the online phase
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.alpha < 0:
             raise ConfigError(f"algo.alpha={self.alpha} must be 0 (behaviour cloning) or more")
+        if self.exploration_noise < 0:
+            raise ConfigError(f"algo.exploration_noise={self.exploration_noise} must be 0 or more")
 
 
 def q_weight(q: Tensor, alpha: float) -> Tensor:
@@ -63,6 +66,7 @@ class TD3BC(TD3):
 
     registry_name = "td3_bc"
     regime = "offline"
+    can_go_online = True
 
     @property
     def needs(self) -> Needs:
