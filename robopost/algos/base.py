@@ -57,6 +57,9 @@ class Algorithm(ABC):
     registry_name: ClassVar[str] = ""
     regime: ClassVar[str] = ""  # "offline", "offpolicy" or "onpolicy": the loop that runs it
     steps: ClassVar[tuple[str, ...]] = ()  # methods that `accelerate` wraps: pure functions of tensors
+    stackable: ClassVar[bool] = (
+        True  # False where `update` can't run under torch.vmap, see `robopost.algos.stack`
+    )
     can_go_online: ClassVar[bool] = (
         False  # offline algorithms that may go on in an environment, see `begin_online`
     )
