@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small tasks, batches and builders shared by the algorithm tests."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -71,15 +72,18 @@ def make_rollout(algo, steps=8, envs=2, seed=0):
     rows = make_batch(steps * envs, seed)
     g = torch.Generator().manual_seed(seed + 1)
     action = algo.policy.act(rows.obs, generator=g)
-    from dataclasses import replace
-
     rows = replace(rows, action=action.chunk[:, 0], chain=action.chain, log_prob=action.log_prob)
     return rows.map(lambda tensor: tensor.unflatten(0, (steps, envs)))
 
 
 def any_batch(algo, seed=0):
     """What the algorithm's `update` takes."""
-    return make_rollout(algo, seed=seed) if algo.regime == "onpolicy" else make_batch(seed=seed)
+    if algo.regime == "onpolicy":
+        return make_rollout(algo, seed=seed)
+    batch = make_batch(seed=seed)
+    g = torch.Generator().manual_seed(seed + 50)
+    returns = {"return_to_go": torch.randn(len(batch), generator=g)}
+    return replace(batch, extra=returns) if "return_to_go" in algo.needs.extra else batch
 
 
 def plain_layers(net, member=None):

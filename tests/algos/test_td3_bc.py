@@ -49,18 +49,6 @@ def test_summed_form_of_rebrac_has_the_same_direction(lab):
     assert torch.allclose(actor_gradient(algo, batch), 2.5 * other, rtol=1e-4, atol=1e-7)
 
 
-def test_chain_is_solved_where_cloning_goes_the_wrong_way(lab, chain):
-    spec, data, states = chain
-    options = {"spec": spec, "actor_lr": 3e-3, "critic_lr": 3e-3, "tau": 0.05}
-    algo, cloned = lab.make("td3_bc", **options), lab.make("td3_bc", alpha=0.0, **options)
-    for _ in range(600):
-        algo.update(data)
-    for _ in range(300):
-        cloned.update(data)
-    assert (algo.policy(states) > 0).all()
-    assert (cloned.policy(states) < 0).all()
-
-
 def test_config():
     with pytest.raises(ConfigError, match=r"algo.alpha=-1.0 must be 0"):
         TD3BCConfig(alpha=-1.0)
