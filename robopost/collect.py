@@ -100,9 +100,9 @@ def collect(
     done = _recorded(path, facts)
     result = CollectResult(path, episodes=done)
     if done < config.episodes:
-        learnt, vec = _open_actor(config, policy, min(config.num_envs, config.episodes - done))
+        learnt, vec = open_actor(config, policy, min(config.num_envs, config.episodes - done))
         try:
-            actor = _actor(learnt, config, vec)
+            actor = make_actor(learnt, config, vec)
             with _open(path, vec, facts) as store:
                 _record(store, vec, actor, config, result, progress or (lambda count: None))
         finally:
@@ -162,7 +162,8 @@ def _open(path: Path, vec: VecEnv, facts: dict[str, Any]) -> EpisodeStore:
     return EpisodeStore.create(path, spec=vec.spec, fps=fps, source=source, metadata={"collect": facts})
 
 
-def _open_actor(config: CollectConfig, policy: Policy | None, num_envs: int) -> tuple[Policy | None, VecEnv]:
+def open_actor(config: CollectConfig, policy: Policy | None, num_envs: int) -> tuple[Policy | None, VecEnv]:
+    """The policy that `config.policy` names (None for `script` and `random`) and the environments it acts in."""
     if policy is not None:
         return policy, make_vec(config.env, num_envs, history=policy.history)
     if config.policy in ("script", "random"):
@@ -170,7 +171,8 @@ def _open_actor(config: CollectConfig, policy: Policy | None, num_envs: int) -> 
     return open_policy(config.policy, config.env, num_envs, device=resolve_device(config.device))
 
 
-def _actor(policy: Policy | None, config: CollectConfig, vec: VecEnv) -> Actor:
+def make_actor(policy: Policy | None, config: CollectConfig, vec: VecEnv) -> Actor:
+    """What acts in `vec`, with the noise that `config` asks for."""
     actor: Actor
     if policy is not None:
         actor = _Learnt(policy, vec.num_envs, config.deterministic)
@@ -192,7 +194,7 @@ def _record(
     report(len(store))
     while len(store) < config.episodes:
         first = len(store)
-        for index, episode in enumerate(_wave(vec, actor, config.seed + first)[: config.episodes - first]):
+        for index, episode in enumerate(wave(vec, actor, config.seed + first)[: config.episodes - first]):
             episode.metadata["seed"] = config.seed + first + index
             store.append(episode)
             result.recorded += 1
@@ -203,7 +205,7 @@ def _record(
         report(len(store))
 
 
-def _wave(vec: VecEnv, actor: Actor, seed: int) -> list[Episode]:
+def wave(vec: VecEnv, actor: Actor, seed: int) -> list[Episode]:
     """One whole episode per environment; slot i is reset with `seed + i`."""
     n, limit = vec.num_envs, vec.spec.max_steps or NO_LIMIT
     seeds = [seed + i for i in range(n)]

@@ -22,6 +22,7 @@ LEVELS = {
     "report": 5,
     "loops": 5,
     "collect": 6,
+    "suite": 6,
     "demo": 7,
     "cli": 8,
 }

@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     from robopost.artefacts.source import local, open_policy, trained_env
     from robopost.compose import compose
     from robopost.evaluate.rollout import MAX_PARALLEL, evaluate
+    from robopost.evaluate.scores import find_references
     from robopost.loops.run import resolve_device
 
     setup_logging()
@@ -70,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     finally:
         vec.close()
     result.env = config.env.name
+    result.references = find_references(config.env)
     _write(out, result, name)
     _show(result, name, config.env)
     console().print(
@@ -115,6 +117,10 @@ def _show(result: EvalResult, name: str, env: Any) -> None:
         table.add_row("success", f"{success.value:.1%} ({count})", f"{success.low:.1%} - {success.high:.1%}")
     ret = result.mean_return()
     table.add_row("return", f"{ret.value:.2f}", f"{ret.low:.2f} - {ret.high:.2f}")
+    score = result.score()
+    if score is not None and result.references is not None:
+        name = f"score ({result.references.label})"
+        table.add_row(name, f"{score.value:.1f}", f"{score.low:.1f} - {score.high:.1f}")
     table.add_row("length", f"{result.lengths.mean():.1f}", "")
     table.add_row("max reward", f"{result.max_rewards.mean():.3f}", "")
     console().print(table)

@@ -15,6 +15,7 @@ import torch
 
 from robopost.config import EnvConfig
 from robopost.errors import ConfigError, EnvError
+from robopost.evaluate.scores import References, find_references, load_references
 from robopost.evaluate.statistics import Interval, bootstrap_mean, interquartile_mean, wilson
 from robopost.evaluate.video import Clip, Recorder, write_grid
 from robopost.policies.base import Policy
@@ -36,6 +37,7 @@ class EvalResult:
         max_rewards: (E,) largest single reward, e.g. the best coverage in Push-T.
         seconds: wall time of the rollouts, without making the environment.
         seed: episode i was reset with `seed + i`.
+        references: what a normalised score of this task is relative to; None where no suite has the task.
     """
 
     returns: np.ndarray
@@ -48,6 +50,7 @@ class EvalResult:
     num_envs: int = 1
     deterministic: bool = True
     video: str = ""
+    references: References | None = None
     clips: list[Clip] = field(default_factory=list, repr=False)
 
     @property
@@ -62,6 +65,10 @@ class EvalResult:
     def mean_return(self, level: float = 0.95) -> Interval:
         """Mean return with its bootstrap interval."""
         return bootstrap_mean(self.returns, level)
+
+    def score(self, level: float = 0.95) -> Interval | None:
+        """Normalised score with the interval of the mean return, or None without `references`."""
+        return None if self.references is None else self.references.interval(self.mean_return(level))
 
     def metrics(self) -> dict[str, float]:
         """Scalars for the trackers, under the metric names all algorithms share."""
@@ -81,11 +88,16 @@ class EvalResult:
                 "eval/success_low": success.low,
                 "eval/success_high": success.high,
             }
-        return out
+        score = self.score()
+        return out if score is None else out | {"eval/normalised_score": score.value}
 
     def to_json(self) -> dict[str, Any]:
         """Raw episodes and their summary; `from_json` reverses it (without clips)."""
-        success = self.success()
+        success, score = self.success(), self.score()
+        scored: dict[str, Any] | None = None
+        if score is not None and self.references is not None:
+            named = {key: getattr(self.references, key) for key in ("suite", "version", "task")}
+            scored = named | score.to_json()
         return {
             "env": self.env,
             "episodes": self.episodes,
@@ -96,6 +108,7 @@ class EvalResult:
             "video": self.video,
             "success": success.to_json() if success else None,
             "return": self.mean_return().to_json(),
+            "normalised_score": scored,
             "return_iqm": interquartile_mean(self.returns).to_json(),
             "max_reward": bootstrap_mean(self.max_rewards).to_json(),
             "length": bootstrap_mean(self.lengths).to_json(),
@@ -109,8 +122,8 @@ class EvalResult:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EvalResult:
-        """Rebuild from `to_json` output."""
-        raw = data["raw"]
+        """Rebuild from `to_json` output. The references are those of the installed version."""
+        raw, scored = data["raw"], data.get("normalised_score")
         return cls(
             returns=np.asarray(raw["returns"], np.float64),
             successes=None if raw["successes"] is None else np.asarray(raw["successes"], bool),
@@ -122,6 +135,7 @@ class EvalResult:
             num_envs=data["num_envs"],
             deterministic=data["deterministic"],
             video=data["video"],
+            references=load_references(scored["suite"])[scored["task"]] if scored else None,
         )
 
     def summary(self) -> list[str]:
@@ -133,6 +147,9 @@ class EvalResult:
                 f"success  {success.text(percent=True)}  ({int(self.successes.sum())} of {self.episodes})"
             )
         lines.append(f"return   {self.mean_return().text()}")
+        score = self.score()
+        if score is not None and self.references is not None:
+            lines.append(f"score    {score.text()}  ({self.references.label})")
         lines.append(
             f"length   {self.lengths.mean():.1f} steps, {self.episodes} episodes in {self.seconds:.1f} s"
         )
@@ -203,6 +220,7 @@ def evaluate(
         if own:
             vec.close()
     result.env = name
+    result.references = find_references(env) if isinstance(env, EnvConfig) else None
     if video is not None and result.clips:
         write_grid(result.clips, video)
         result.video = video.name
