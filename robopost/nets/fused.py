@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A faster evaluation of float32 perceptrons on CPUs where MKL is slow.
+"""Perceptrons as one autograd node: faster on CPUs where MKL is slow, and for several seeds at once.
 
 torch sends float32 matrix products to MKL, which on AMD processors does not use its AVX-512 kernels; oneDNN,
 which torch ships as well, does, and takes about half the time at 256 x 256 x 256 (measured on a Zen 5 part).
@@ -7,26 +7,46 @@ torch offers those kernels only to its own compiler (`torch.ops.mkldnn._linear_p
 checked against plain torch before first use and left alone where they are missing or disagree. Everywhere
 else, and on a GPU, networks run as written.
 
-The whole perceptron is one autograd node; gradients are the same to float32 rounding.
+Under `stacked`, where `torch.vmap` runs over seeds, every ReLU perceptron takes a second path, on any device:
+one batched product per layer for all seeds (and all members of an ensemble), instead of the four operations
+that vmap would make of it, each with its own overhead and memory.
+
+Gradients are the same to float32 rounding on both paths.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from robopost.nets.seeds import escape
+
 MIN_WORK = 1 << 21  # multiply-adds of the largest layer below which call overhead dominates
 _override: bool | None = None
+_stacked = False
 
 
 def force(enabled: bool | None) -> None:
     """Switch the fused path on or off; None = decide by processor. For tests and benchmarks."""
     global _override
     _override = enabled
+
+
+@contextmanager
+def stacked() -> Iterator[None]:
+    """Within this context `torch.vmap` runs over seeds."""
+    global _stacked
+    before, _stacked = _stacked, True
+    try:
+        yield
+    finally:
+        _stacked = before
 
 
 @functools.cache
@@ -55,17 +75,27 @@ def preferred() -> bool:
 
 
 def usable(net: nn.Sequential, x: Tensor) -> bool:
-    """True when `net` is a ReLU perceptron, large enough, and `x` is (B, in) float32 on CPU."""
+    """True when `net` is a ReLU perceptron and `x` (B, in), and seeds are stacked or it is large, float32, on CPU."""
+    if _stacked:
+        return x.dim() == 2 and _is_perceptron(net)
     if x.dim() != 2 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     if not (preferred() if _override is None else _override and available()):
         return False
-    layers = list(net._modules.values())
-    # Linear layers alternate with ReLUs: a LayerNorm would stand where a ReLU should.
-    if len(layers) % 2 == 0 or not all(isinstance(layer, nn.ReLU) for layer in layers[1::2]):
+    if not _is_perceptron(net):
         return False
-    weights = [layer.weight for layer in layers[::2] if isinstance(layer.weight, Tensor)]
-    return max(w.shape[-2] * w.shape[-1] for w in weights) * x.shape[0] >= MIN_WORK
+    weights = [layer.weight for layer in list(net._modules.values())[::2] if isinstance(layer.weight, Tensor)]
+    return _large(x.shape[0], weights)
+
+
+def _is_perceptron(net: nn.Sequential) -> bool:
+    """True where linear layers alternate with ReLUs: a LayerNorm would stand where a ReLU should."""
+    layers = list(net._modules.values())
+    return len(layers) % 2 == 1 and all(isinstance(layer, nn.ReLU) for layer in layers[1::2])
+
+
+def _large(rows: int, weights: list[Tensor]) -> bool:
+    return max(w.shape[-2] * w.shape[-1] for w in weights) * rows >= MIN_WORK
 
 
 def mlp(net: nn.Sequential, x: Tensor, weights: list[Tensor] | None = None) -> Tensor:
@@ -76,7 +106,17 @@ def mlp(net: nn.Sequential, x: Tensor, weights: list[Tensor] | None = None) -> T
         x: (B, in).
         weights: replaces its parameters, in their order (a detached tensor gets no gradient).
     """
-    return _Perceptron.apply(x, *(net.parameters() if weights is None else weights))
+    parts = net.parameters() if weights is None else weights
+    return escape(_seeds, x, *parts) if _stacked else _Perceptron.apply(x, *parts)
+
+
+def _seeds(x: Tensor, *weights: Tensor) -> Tensor:
+    """The perceptrons of all seeds: x (N, B, in), weights (N, ...) -> (N, B, out) or (N, E, B, out)."""
+    slow_mkl = x.device.type == "cpu" and (preferred() if _override is None else _override and available())
+    if slow_mkl and x.dtype == torch.float32 and _large(x.shape[1], list(weights[::2])):
+        rows = zip(x.unbind(), *(weight.unbind() for weight in weights), strict=True)
+        return torch.stack([_Perceptron.apply(*row) for row in rows])
+    return _Stacked.apply(x, *weights)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, post: str) -> Tensor:
@@ -148,3 +188,49 @@ class _Perceptron(torch.autograd.Function):
             else:
                 grad_x = flow[0] if members == 1 else torch.stack(flow).sum(0)
         return grad_x, *grads
+
+
+class _Stacked(torch.autograd.Function):
+    """`_Perceptron` for N seeds, of E members each or one, with batched products over all N * E."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
+        members = weights[0].shape[1] if weights[0].dim() == 4 else 0
+        hidden = x.unsqueeze(1).expand(-1, members, -1, -1).flatten(0, 1) if members else x
+        saved = [hidden]
+        for index in range(0, len(weights), 2):
+            matrix, bias = _batched(weights[index], weights[index + 1])
+            hidden = torch.baddbmm(bias, hidden, matrix)
+            if index < len(weights) - 2:
+                saved.append(hidden.relu_())
+        ctx.save_for_backward(*weights, *saved)
+        ctx.members = members
+        return hidden.unflatten(0, (-1, members)) if members else hidden
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.needs_input_grad) - 1
+        weights, saved = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        grads: list[Tensor | None] = [None] * count
+        flow = grad.flatten(0, 1) if ctx.members else grad
+        for layer in reversed(range(count // 2)):
+            weight, bias, inputs = weights[2 * layer], weights[2 * layer + 1], saved[layer]
+            if ctx.needs_input_grad[1 + 2 * layer]:
+                product = torch.bmm(inputs.mT, flow) if ctx.members else torch.bmm(flow.mT, inputs)
+                grads[2 * layer] = product.view(weight.shape)
+            if ctx.needs_input_grad[2 + 2 * layer]:
+                grads[2 * layer + 1] = flow.sum(1).view(bias.shape)
+            if layer == 0 and not ctx.needs_input_grad[0]:
+                return None, *grads
+            flow = torch.bmm(flow, _batched(weight, bias)[0].mT)
+            if layer > 0:
+                torch.ops.aten.threshold_backward.grad_input(flow, inputs, 0, grad_input=flow)
+        return flow.unflatten(0, (-1, ctx.members)).sum(1) if ctx.members else flow, *grads
+
+
+def _batched(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """Of all seeds and members: weight as (G, in, out) and bias as (G, 1, out)."""
+    if weight.dim() == 3:
+        return weight.mT, bias.unsqueeze(1)
+    return weight.flatten(0, 1), bias.flatten(0, 1)

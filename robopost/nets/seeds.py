@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several seeds of one network at once: what code that was written for one seed needs to run under `torch.vmap`.
+
+Under `torch.vmap` over a leading seed dimension N, every network call of an algorithm becomes one batched
+operation. Three things must see all seeds at once, and leave vmap through `escape`:
+
+- gradients: seeds are independent, so the gradient of the sum of their losses holds each seed's own;
+- optimisers and Polyak steps: elementwise, so one over the memory of all seeds is exact;
+- noise: every seed draws from its own generator what it would draw alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from robopost.nets.flat import Flat
+
+Whole = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+class _Escape(torch.autograd.Function):
+    """Calls a function with the stacked tensors behind its arguments, see `escape`."""
+
+    @staticmethod
+    def forward(fn: Whole, *tensors: Tensor) -> Any:
+        raise RuntimeError("escape: no argument has a seed dimension")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        """Required beside `vmap`; never reached."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], fn: Whole, *tensors: Tensor) -> Any:
+        """The rule that torch.vmap calls in place of `forward`: below it, tensors are plain again."""
+        size = info.batch_size
+        whole = [
+            tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+            for dim, tensor in zip(in_dims[1:], tensors, strict=True)
+        ]
+        out = fn(*whole)
+        return out, (0,) * len(out) if isinstance(out, tuple) else 0
+
+
+def escape(fn: Whole, *tensors: Tensor) -> Any:
+    """Inside `torch.vmap`: call `fn` outside of it with `tensors` (N, ...) of all seeds.
+
+    Args:
+        fn: returns one tensor or a tuple of them, each (N, ...): the slices are this call's result. Gradients
+            flow through it.
+        tensors: at least one with a seed dimension.
+    """
+    return _Escape.apply(fn, *tensors)
+
+
+class StackedFlat:
+    """`Flat` for N seeds: the same calls, made once for all of them.
+
+    The memory holds one parameter of all seeds after the other, each a contiguous (N, ...), so that batched
+    products need no copies.
+
+    Attributes:
+        leaves: one (N, ...) parameter per parameter of the `Flat`s, views of `data`.
+        data: (N * P,) the memory of all seeds.
+        param: parameter over `data`, with a preallocated `grad`, for one optimiser.
+    """
+
+    def __init__(self, flats: Sequence[Flat]) -> None:
+        self.seeds = len(flats)
+        self._shapes = [p.shape for p in flats[0].params]
+        self.data = self.join([flat.data for flat in flats])
+        self.param = nn.Parameter(self.data)
+        self.param.grad = torch.zeros_like(self.data)
+        self.leaves: list[nn.Parameter] = []
+        for p, part in zip(flats[0].params, self._blocks(self.data), strict=True):
+            # As in `Flat`: a storage of its own version, an optimiser step must not disturb a later backward.
+            leaf = nn.Parameter(part.new_empty(0), requires_grad=p.requires_grad)
+            leaf.data = part
+            self.leaves.append(leaf)
+        self._anchor: Tensor | None = None  # lets `clip` back into vmap
+
+    @property
+    def grad(self) -> Tensor:
+        """(N * P,) the gradient the optimiser reads."""
+        assert self.param.grad is not None
+        return self.param.grad
+
+    def join(self, vectors: Sequence[Tensor]) -> Tensor:
+        """Vectors (P,) of single seeds, laid out as their `Flat` is, to one (N * P,) in this layout."""
+        sizes = [shape.numel() for shape in self._shapes]
+        parts = zip(*(vector.split(sizes) for vector in vectors), strict=True)
+        return torch.cat([torch.stack(part).reshape(-1) for part in parts])
+
+    def part(self, vector: Tensor, seed: int) -> Tensor:
+        """The vector (P,) of one seed out of (N * P,): `join` reversed."""
+        return torch.cat([block[seed].reshape(-1) for block in self._blocks(vector)])
+
+    def backward(self, loss: Tensor) -> None:
+        """Write every seed's own gradient into `grad`; `loss` is a scalar inside vmap, (N,) in truth."""
+        self._anchor = escape(self._backward, loss)
+
+    def clip(self, max_norm: float) -> Tensor:
+        """Scale every seed's gradient to a norm of at most `max_norm`; returns the norm before.
+
+        Call it in the same step as `backward`, before the optimiser.
+        """
+        anchor, self._anchor = self._anchor, None
+        assert anchor is not None, "clip follows backward"
+        return escape(lambda _: self._clip(max_norm), anchor)
+
+    def lerp(self, source: StackedFlat, weight: float) -> None:
+        """Polyak step in place: `data <- (1 - weight) data + weight source`."""
+        with torch.no_grad():
+            self.data.lerp_(source.data, weight)
+
+    def _blocks(self, vector: Tensor) -> list[Tensor]:
+        sizes = [self.seeds * shape.numel() for shape in self._shapes]
+        pieces = zip(vector.split(sizes), self._shapes, strict=True)
+        return [piece.view(self.seeds, *shape) for piece, shape in pieces]
+
+    def _backward(self, losses: Tensor) -> Tensor:
+        grads = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
+        pieces = [
+            torch.zeros_like(p).view(-1) if g is None else g.reshape(-1)
+            for p, g in zip(self.leaves, grads, strict=True)
+        ]
+        torch.cat(pieces, out=self.grad)
+        return losses.detach()
+
+    def _clip(self, max_norm: float) -> Tensor:
+        blocks = self._blocks(self.grad)
+        norm = torch.stack([block.flatten(1).norm(dim=1) for block in blocks]).norm(dim=0)
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for block in blocks:
+            block.mul_(scale.view(-1, *[1] * (block.dim() - 1)))
+        return norm
+
+
+class SeedNoise(TorchFunctionMode):
+    """Within this mode, inside vmap, a draw from the first of `generators` is one from each, stacked.
+
+    Covers the functions that return what they draw (`torch.randn`, `rand`, `randint`, `randperm`, `bernoulli`,
+    `normal`, `multinomial`) with `generator=` as a keyword. A draw from any other source, torch's global stream
+    included, is refused by vmap: seeds must not share noise.
+
+    Attributes:
+        anchor: a tensor of the running vmap, through which draws get in.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator]) -> None:
+        super().__init__()
+        self.generators = tuple(generators)
+        self.anchor: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if not kwargs:
+            return func(*args)
+        if kwargs.get("generator") is not self.generators[0]:
+            return func(*args, **kwargs)
+        tensors = [arg for arg in args if isinstance(arg, Tensor)]
+
+        def draw(_: Tensor, *whole: Tensor) -> Tensor:
+            rows = []
+            for seed, generator in enumerate(self.generators):
+                own = iter(tensor[seed] for tensor in whole)
+                mine = [next(own) if isinstance(arg, Tensor) else arg for arg in args]
+                rows.append(func(*mine, **{**kwargs, "generator": generator}))
+            return torch.stack(rows)
+
+        assert self.anchor is not None, "SeedNoise works inside vmap"
+        return escape(draw, self.anchor, *tensors)
