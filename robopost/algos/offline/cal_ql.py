@@ -54,7 +54,6 @@ class CalQL(CQL):
     """Cal-QL: CQL whose push-down stops at the return-to-go of the data."""
 
     registry_name = "cal_ql"
-    can_go_online = True
 
     @property
     def needs(self) -> Needs:
@@ -67,6 +66,6 @@ class CalQL(CQL):
             raise DataError("algo=cal_ql needs the return-to-go of every sample and this batch has none")
         returns = batch.extra["return_to_go"]
         metrics = {"value/bound_rate": bound_rate(q, returns)}
-        if not self.config.calibrate_online and self.online:
+        if self.online and not self.config.calibrate_online:
             return q, metrics
         return calibrated(q, returns), metrics

@@ -140,6 +140,7 @@ class CQL(Algorithm):
 
     registry_name = "cql"
     regime = "offline"
+    can_go_online = True
     steps = ("train_step",)
 
     def __init__(
