@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import nn
 
+from robopost.algos.offline.a2pr import A2PR, A2PRConfig
 from robopost.algos.offline.cal_ql import CalQL, CalQLConfig
 from robopost.algos.offline.cql import CQL, CQLConfig
 from robopost.algos.offline.iql import IQL, IQLConfig
+from robopost.algos.offline.rebrac import ReBRAC, ReBRACConfig
 from robopost.algos.offline.td3_bc import TD3BC, TD3BCConfig
 from robopost.algos.online.ppo import PPO, PPOConfig
 from robopost.algos.online.sac import SAC, SACConfig
@@ -24,6 +26,8 @@ SPEC = Spec({"state": ((OBS,), "float32")}, ACT, (-1.0,) * ACT, (1.0,) * ACT, 10
 CLASSES = {
     "td3": (TD3, TD3Config, "deterministic"),
     "td3_bc": (TD3BC, TD3BCConfig, "deterministic"),
+    "a2pr": (A2PR, A2PRConfig, "deterministic"),
+    "rebrac": (ReBRAC, ReBRACConfig, "deterministic"),
     "sac": (SAC, SACConfig, "gaussian"),
     "iql": (IQL, IQLConfig, "gaussian"),
     "cql": (CQL, CQLConfig, "gaussian"),
@@ -48,6 +52,8 @@ def make(name, policy=None, seed=0, spec=SPEC, policy_options=None, **config):
         config = {"rollout_steps": 8, "batch_size": 8, "epochs": 2} | config
     policy = policy if policy is not None else make_policy(kind, spec, **options)
     config.setdefault("hidden", [16, 16])
+    if name == "a2pr":
+        config.setdefault("vae_hidden", [16, 16])
     generator = torch.Generator().manual_seed(seed + 100)
     return cls(config_cls(**config), policy, spec, device=torch.device("cpu"), generator=generator)
 
@@ -64,6 +70,10 @@ def make_batch(size=32, seed=0, spec=SPEC):
         terminated=terminated,
         truncated=torch.zeros(size, dtype=torch.bool),
         discount=torch.where(terminated, 0.0, 0.99),
+        extra={
+            "next_action": torch.rand(size, act, generator=g) * 2 - 1,
+            "next_action_mask": torch.rand(size, generator=g) < 0.9,
+        },
     )
 
 

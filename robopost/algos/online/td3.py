@@ -167,19 +167,24 @@ class TD3(Algorithm):
     ) -> None:
         super().__init__(config, policy, spec, device=device, generator=generator)
         check_step_policy(policy, self.registry_name)
-        self.critic = QEnsemble(
-            spec,
-            policy.obs_keys,
-            config.hidden,
-            config.num_critics,
-            layernorm=config.critic_layernorm,
-            history=policy.history,
-        ).to(device)
+        self.critic = self.build_critic().to(device)
         self._actor_flat, self._critic_flat = Flat(policy), Flat(self.critic)
         self.policy_target, self._actor_target_flat = frozen_copy(policy)
         self.critic_target, self._critic_target_flat = frozen_copy(self.critic)
         self.actor_optimizer = adam(self._actor_flat, config.actor_lr)
         self.critic_optimizer = adam(self._critic_flat, config.critic_lr)
+
+    def build_critic(self) -> QEnsemble:
+        """The critics, called once by the constructor."""
+        policy, cfg = self.policy, self.config
+        return QEnsemble(
+            self.spec,
+            policy.obs_keys,
+            cfg.hidden,
+            cfg.num_critics,
+            layernorm=cfg.critic_layernorm,
+            history=policy.history,
+        )
 
     @property
     def needs(self) -> Needs:
