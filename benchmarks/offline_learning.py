@@ -1,0 +1,245 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Normalised scores of offline algorithms on suite mujoco_v5, and of IQL and FamO2O after an online phase.
+
+Sets: hopper and halfcheetah x medium, medium-replay, medium-expert, recorded by `robopost collect
+suite=mujoco_v5` (docs/suite.md). Every algorithm gets the same number of updates and batches of 256; the score
+is that of the last policy, deterministic, over 30 episodes from seeds that no data was recorded with. IQL and
+FamO2O then go on for 50k environment steps, one update per step, batches drawn uniformly over recorded and new
+experience, on the sets whose data leave something to gain (medium and medium-replay).
+
+Networks and settings are each paper's: see the table `settings`. Known departures at this tier: 15k updates
+instead of 1M, ReBRAC in batches of 256 instead of 1024.
+
+One cell per set, algorithm and seed, so that the table can be filled over several sittings and by several
+processes:
+
+    robopost collect suite=mujoco_v5
+    robopost bench offline_learning --tier small --cells '*/td3_bc/*'
+
+Runs stay in runs/offline_learning/: the online cells go on from them.
+"""
+
+import json
+import shutil
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from robopost.bench import Bench, find_checkout
+from robopost.compose import compose
+from robopost.data.convert import describe
+from robopost.errors import ConfigError
+from robopost.loops import train
+
+SUITE = "offline"
+DATA = find_checkout() / "data" / "mujoco_v5"
+RUNS = find_checkout() / "runs" / "offline_learning"
+TASKS = ("hopper", "halfcheetah")
+KINDS = ("medium", "medium-replay", "medium-expert")
+ONLINE_KINDS = ("medium", "medium-replay")
+IQL_POLICY = [
+    "policy=gaussian",
+    "policy.squash=false",
+    "policy.mean_tanh=true",
+    "policy.state_std=false",
+    "policy.normalise_obs=identity",
+    "policy.init=orthogonal",
+]
+SETTINGS = {
+    "bc": (["algo=bc", "policy=deterministic"], "256-256"),
+    "td3_bc": (["algo=td3_bc"], "256-256"),
+    "iql": (["algo=iql", *IQL_POLICY], "256-256"),
+    "rebrac": (["algo=rebrac", "algo.batch_size=256"], "256-256-256, LayerNorm in critics"),
+    "prdc": (["algo=prdc"], "256-256"),
+    "a2pr": (["algo=a2pr"], "actor 256x3, critics and V 256x4, VAE 750-750"),
+    "famo2o_iql": (
+        [
+            "algo=famo2o_iql",
+            "algo.balance_every=5",
+            "policy.coefficient_low=1",
+            "policy.coefficient_high=5",
+            "policy.normalise_obs=identity",
+        ],
+        "256-256, balance model 256-256",
+    ),
+}
+# Weights that the papers tune per task; everything else is the same for both.
+PER_TASK = {
+    ("prdc", "halfcheetah"): ["algo.alpha=40"],
+    ("a2pr", "halfcheetah"): ["algo.alpha=40"],
+}
+SCALED = ("iql", "famo2o_iql")  # rewards times 1000 / (largest - smallest return of an episode)
+ONLINE = ("iql", "famo2o_iql")
+
+
+def words_of(name, algo):
+    """Overrides of one algorithm on one set, without what every run shares."""
+    task = name.split("-")[0]
+    return [*SETTINGS[algo][0], *PER_TASK.get((algo, task), []), f"env={task}"]
+
+
+def config_of(name, algo, seed, updates, episodes):
+    """The run of one cell."""
+    words = words_of(name, algo)
+    store = DATA / f"{name}.zarr"
+    if not store.exists():
+        raise ConfigError(f"{store} is absent. Fix: robopost collect suite=mujoco_v5/{name}")
+    if algo in SCALED:
+        returns = describe(store)["return"]
+        words.append(f"data.reward_scale={1000 / (returns['max'] - returns['min']):.6g}")
+    words += [
+        f"data.path={store}",
+        f"seed={seed}",
+        f"loop.steps={updates}",
+        f"out={folder_of(name, algo, seed)}",
+    ]
+    words += [f"loop.eval_episodes={episodes}", f"loop.log_every={max(1, updates // 5)}", "accel.threads=1"]
+    return compose([*words, "device=cpu", "track.tensorboard=false", "track.console=false"])
+
+
+def folder_of(name, algo, seed):
+    """Run folder of the offline phase."""
+    return RUNS / f"{name}-{algo}-seed{seed}"
+
+
+def offline(name, algo, seed, updates, episodes):
+    """Train on a set and score the last policy."""
+    config = config_of(name, algo, seed, updates, episodes)
+    shutil.rmtree(config.out, ignore_errors=True)
+    began = time.perf_counter()
+    train(config)
+    return outcome(folder_of(name, algo, seed), updates, time.perf_counter() - began)
+
+
+def online(name, algo, seed, updates, episodes, steps):
+    """Go on from the offline cell's run for `steps` environment steps and score the last policy."""
+    source = folder_of(name, algo, seed)
+    if not (source / "eval" / f"step_{updates:09d}.json").exists():
+        offline(name, algo, seed, updates, episodes)
+    folder = source.with_name(f"{source.name}-online")
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder)
+    config = config_of(name, algo, seed, updates, episodes)
+    loop = replace(config.loop, online_steps=steps, online_sampling="uniform", log_every=max(1, steps // 5))
+    began = time.perf_counter()
+    train(replace(config, loop=loop, out=str(folder), resume=str(folder)))
+    return outcome(folder, updates + steps, time.perf_counter() - began)
+
+
+def outcome(folder, step, seconds):
+    """What the evaluation after the last step says."""
+    data = json.loads((folder / "eval" / f"step_{step:09d}.json").read_text())
+    score = data["normalised_score"]
+    return {
+        "score": score["value"],
+        "references": f"{score['suite']} version {score['version']}",
+        "return": data["return"]["value"],
+        "returns": data["raw"]["returns"],
+        "train_seconds": seconds,
+    }
+
+
+def resampled(samples, stream, draws=4000):
+    """(draws,) means over sets of seed means, seeds drawn with replacement within each set.
+
+    Args:
+        samples: (sets, seeds).
+        stream: random stream; independent for the two sides of a difference.
+        draws: how many.
+    """
+    samples = np.asarray(samples, float)
+    picked = np.random.default_rng(stream).integers(samples.shape[1], size=(draws, *samples.shape))
+    return np.take_along_axis(np.broadcast_to(samples, picked.shape), picked, axis=2).mean((1, 2))
+
+
+def interval(draws):
+    """95 % bootstrap interval."""
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def difference(bench, name, ours, theirs, note):
+    """Figure: mean difference of two (sets, seeds) tables of scores; empty until every cell is there."""
+    value = float(np.mean(ours) - np.mean(theirs))
+    bounds = interval(resampled(ours, 0) - resampled(theirs, 1))
+    bench.figure(name, value, interval=bounds, unit="points", target=0.0, note=note)
+
+
+def run(bench: Bench) -> None:
+    """All cells, the table of scores and the figures of the comparisons."""
+    bench.packages("gymnasium", "mujoco")
+    updates = bench.scale(smoke=200, small=15_000, paper=1_000_000)
+    steps = bench.scale(smoke=200, small=50_000, paper=1_000_000)
+    episodes = bench.scale(smoke=2, small=30, paper=100)
+    seeds = range(bench.scale(smoke=1, small=3, paper=5))
+    tasks = bench.scale(smoke=TASKS[:1], small=TASKS, paper=(*TASKS, "walker2d"))
+    sets = [f"{task}-{kind}" for task in tasks for kind in KINDS]
+    gaining = [name for name in sets if name.split("-", 1)[1] in ONLINE_KINDS]
+    scores = {}
+    for algo in SETTINGS:
+        for name in sets:
+            for seed in seeds:
+
+                def measure(name=name, algo=algo, seed=seed):
+                    return offline(name, algo, seed, updates, episodes)
+
+                params = {"updates": updates, "episodes": episodes, "words": words_of(name, algo)}
+                row = bench.cell(f"{name}/{algo}/seed{seed}", measure, params=params, seed=seed)
+                scores[name, algo, seed] = row["score"]
+    for algo in ONLINE:
+        for name in gaining:
+            for seed in seeds:
+
+                def measure(name=name, algo=algo, seed=seed):
+                    return online(name, algo, seed, updates, episodes, steps)
+
+                params = {"updates": updates, "online_steps": steps, "episodes": episodes}
+                params |= {"words": words_of(name, algo)}
+                row = bench.cell(f"{name}/{algo}_online/seed{seed}", measure, params=params, seed=seed)
+                scores[name, f"{algo}_online", seed] = row["score"]
+
+    table = lambda algo, over: [[scores[name, algo, seed] for seed in seeds] for name in over]  # noqa: E731
+    report(bench, table, sets, gaining)
+    note = f"{len(sets)} sets, {len(seeds)} seeds, {updates} updates, mujoco_v5"
+    for algo in ("prdc", "a2pr"):
+        difference(bench, f"{algo}_score_minus_td3bc", table(algo, sets), table("td3_bc", sets), note)
+    after = (table("famo2o_iql_online", gaining), table("iql_online", gaining))
+    note = f"after {steps} online steps, {len(gaining)} sets, {len(seeds)} seeds, mujoco_v5"
+    difference(bench, "famo2o_online_minus_base", *after, note)
+
+
+def report(bench, table, sets, gaining):
+    """Tables: scores by set with the range over seeds, and the settings behind them."""
+    rows = []
+    names = [(algo, sets) for algo in SETTINGS] + [(f"{algo}_online", gaining) for algo in ONLINE]
+    for algo, over in names:
+        row = {"algorithm": algo}
+        values = np.asarray(table(algo, over), float)
+        for name in sets:
+            mine = values[over.index(name)] if name in over else np.array([np.nan])
+            row[name] = f"{mine.mean():.1f} ± {mine.std():.1f}" if np.isfinite(mine).all() else ""
+        complete = bool(np.isfinite(values).all())
+        row["mean"] = f"{values.mean():.1f}" if complete else ""
+        low, high = interval(resampled(values, 0)) if complete else (np.nan, np.nan)
+        row["95 % interval"] = f"{low:.1f} to {high:.1f}" if complete else ""
+        rows.append(row)
+    bench.table(
+        "scores",
+        rows,
+        caption="Normalised score (mujoco_v5) of the last policy, mean and deviation of seeds.",
+    )
+    lines = []
+    for algo, (words, networks) in SETTINGS.items():
+        special = [f"{task}: {' '.join(more)}" for (own, task), more in PER_TASK.items() if own == algo]
+        lines.append(
+            {
+                "algorithm": algo,
+                "networks": networks,
+                "settings": " ".join(words),
+                "per task": "; ".join(special),
+            }
+        )
+    bench.table(
+        "settings", lines, caption="Settings; networks are those of each paper and not of equal size."
+    )
