@@ -106,7 +106,7 @@ class LoopConfig:
     eval_deterministic: bool = True  # the policy's mode; false samples, which multi-modal human data asks for
     checkpoint_every: int = 0  # 0 = only at the end
     keep_checkpoints: int = 2  # newest ones kept
-    buffer_size: int = 1_000_000  # transitions of a run's own experience, off-policy and online
+    buffer_size: int = 1_000_000  # transitions of a run's own experience kept at most, off-policy and online
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_episodes", "keep_checkpoints", "buffer_size"):
@@ -143,6 +143,7 @@ class AccelConfig:
 
     mode: str = "auto"  # auto | eager | compile | cudagraph. auto = cudagraph on a GPU, eager on CPU
     threads: int = 0  # CPU threads of torch, 0 = torch's own choice
+    stack_seeds: str = "auto"  # train all of `seeds` at once: auto (where it is faster) | on | off
 
 
 @dataclass
@@ -157,7 +158,7 @@ class TrainConfig:
     track: TrackConfig = field(default_factory=TrackConfig)
     accel: AccelConfig = field(default_factory=AccelConfig)
     seed: int = 0
-    seeds: int = 1  # runs seed, seed+1, ... into out/seed_<n>
+    seeds: int = 1  # trains seed, seed+1, ... into out/seed_<n>, at once where accel.stack_seeds says so
     device: str = "auto"
     out: str = ""  # run folder, empty = runs/<algo>-<env>-<time>
     resume: str = ""  # run folder to go on with

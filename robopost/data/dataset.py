@@ -219,6 +219,14 @@ class Dataset:
         pick = pick.to(self._home)
         return pick if usable is None else take(usable, pick)
 
+    def draw(self, batch_size: int, generator: torch.Generator, *, chunks: bool = False) -> Tensor:
+        """The steps (B,) int64 at which `sample`, or with `chunks` `sample_chunks`, begins."""
+        if chunks:
+            return self._draw(self.num_steps, batch_size, generator)
+        usable = self._index.usable
+        pick = self._draw(self.num_transitions, batch_size, generator)
+        return pick if usable is None else take(usable, pick)
+
     def transitions_at(
         self,
         steps: Tensor,
@@ -275,7 +283,7 @@ class Dataset:
             Batch with action (B, H, A), chunk_mask (B, H), no `next_obs`; reward and flags are
             those of the first step.
         """
-        steps = self._draw(self.num_steps, batch_size, generator)
+        steps = self.draw(batch_size, generator, chunks=True)
         return self.chunks_at(steps, horizon, history=history)
 
     def chunks_at(self, steps: Tensor, horizon: int, *, history: int = 1) -> Batch:

@@ -63,6 +63,7 @@ class Run:
     folder: Path
     command: str = ""
     seeds: int = 1
+    quiet: bool = False  # without the console tracker: one of several runs that train at once
     device: torch.device = field(init=False)
     generators: dict[str, torch.Generator] = field(init=False)
 
@@ -132,9 +133,8 @@ class Run:
         described = provenance(self.config, self.command, algo.policy) | {"seeds": self.seeds}
         _write_json(self.folder / "provenance.json", described)
         _write_json(self.folder / "config.json", plain)  # last: it makes the folder a run
-        self.tracker = make_tracker(
-            self.folder, self.config.track, plain, self.step, total=self.config.loop.total
-        )
+        track = replace(self.config.track, console=False) if self.quiet else self.config.track
+        self.tracker = make_tracker(self.folder, track, plain, self.step, total=self.config.loop.total)
         self._marked_step = self.step
         self._mark = time.perf_counter()
         return state
@@ -149,6 +149,13 @@ class Run:
             self._counts[key] = self._counts.get(key, 0) + 1
         self._updates += 1
 
+    def record_sums(self, sums: Metrics, counts: dict[str, int], updates: int) -> None:
+        """Add the metrics of several updates: per key their sum and how many there were."""
+        for key, value in sums.items():
+            self._sums[key] = self._sums[key] + value if key in self._sums else value
+            self._counts[key] = self._counts.get(key, 0) + counts[key]
+        self._updates += updates
+
     def record_episode(self, values: dict[str, float]) -> None:
         """Add numbers known on the host, e.g. `train/return` of one finished episode; a log line has their mean."""
         for key, value in values.items():
@@ -157,6 +164,17 @@ class Run:
     def add_time(self, key: str, seconds: float) -> None:
         """Add to a `time/...` metric, reported as share of wall time in seconds per log interval."""
         self._timers[key] = self._timers.get(key, 0.0) + seconds
+
+    def pause(self, seconds: float) -> None:
+        """Leave `seconds` that went into something else out of the reported rates."""
+        self._mark += seconds
+
+    def due(self, step: int) -> bool:
+        """True where `after(step)` has something to do."""
+        loop = self.config.loop
+        intervals = (loop.log_every, loop.eval_every, loop.checkpoint_every)
+        last = step >= loop.total or step == loop.steps
+        return last or any(_crossed(self.step, step, every) for every in intervals)
 
     def after(
         self,
