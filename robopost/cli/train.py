@@ -21,7 +21,7 @@ EXAMPLES = (
     "robopost train algo=sac env=HalfCheetah-v5 steps=50000 seed=1",
     "robopost train algo=bc policy=flow data=data/push.zarr env=arm_push algo.lr=3e-4",
     "robopost train resume=runs/<run> loop.steps=100000",
-    "robopost train algo=iql data=<path> env=hopper steps=1e6 loop.online_steps=50000     # offline, then online",
+    "robopost train resume=runs/<offline run> loop.online_steps=50000    # go on in the environment",
     "robopost train algo=ppo --help          # settings of ppo",
 )
 GROUPS = ("algo", "policy", "env", "data", "track", "recipe")
@@ -37,6 +37,8 @@ RESUMABLE = (
     "track.",
     "device",
 )
+# What only the online phase uses, of an offline run that has none yet.
+BEFORE_ONLINE = ("loop.online_sampling", "loop.buffer_size", "env.num_envs")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -85,14 +87,22 @@ def resolve(overrides: Sequence[str], config_dirs: Sequence[str | Path] = ()) ->
         CheckpointError: `resume` names no run.
     """
     from robopost.compose import compose, override
+    from robopost.registry import ALGOS
 
     resume = pluck(overrides, "resume")
     if not resume:
         return compose(overrides, config_dirs=config_dirs)
     stored, seeds = _stored(Path(resume))
     rest = [word for word in overrides if not word.startswith("resume=")]
+    allowed = RESUMABLE
+    if ALGOS.get(stored.algo.name).target.regime == "offline" and not stored.loop.online_steps:
+        allowed += BEFORE_ONLINE
+        if stored.env is None:  # trained on data alone: the environment may come now
+            place = [word for word in rest if word.startswith(("env=", "env."))]
+            stored = replace(stored, env=compose(place, config_dirs=config_dirs).env)
+            rest = [word for word in rest if word not in place]
     try:
-        config = override(stored, rest, allowed=RESUMABLE)
+        config = override(stored, rest, allowed=allowed)
     except ConfigError as error:
         raise ConfigError(f"resume={resume}: {error}") from error
     return replace(config, resume=resume, out=resume, seeds=seeds)

@@ -17,7 +17,7 @@ from robopost.data import journal
 from robopost.data.batch import Batch, Obs, Spec
 from robopost.data.files import disk_errors
 from robopost.data.indexing import take
-from robopost.data.returns import EpisodeReturns
+from robopost.data.returns import EpisodeReturns, on_host
 from robopost.errors import ConfigError, DataError, unknown
 
 STORAGES = ("auto", "ram", "device", "mmap")
@@ -107,11 +107,7 @@ class ReplayBuffer:
         )  # slot of a step that ended an episode
         self._ended = np.ones(num_envs, bool)  # which environments' newest step ended an episode
         self._env = torch.arange(num_envs, device=self._home)
-        self._returns: EpisodeReturns | None = None
-        if return_gamma is not None:
-            self._returns = EpisodeReturns(
-                self.steps_per_env, num_envs, return_gamma, sparse_reward, self._home
-            )
+        self._returns = EpisodeReturns(self.steps_per_env, num_envs, return_gamma, sparse_reward, self._home)
 
     def __len__(self) -> int:
         return min(self.total, self.steps_per_env) * self.num_envs
@@ -140,7 +136,7 @@ class ReplayBuffer:
         n = self.num_envs
         position = self.total % self.steps_per_env
         base = position * n
-        ended = _host(terminated) | _host(truncated)
+        ended = on_host(terminated, bool) | on_host(truncated, bool)
         if ended.shape != (n,):
             raise DataError(
                 f"terminated and truncated have shape {ended.shape}, the buffer has {n} environments"
@@ -157,8 +153,7 @@ class ReplayBuffer:
         self.next_row[base : base + n] = self._env + self._rows
         if ended.any():
             self._keep_final(position, np.flatnonzero(ended))
-        if self._returns is not None:
-            self._returns.add(position, _host(reward, np.float32), _host(terminated), ended)
+        self._returns.add(position, reward, terminated, ended)
         self._ended = ended
         self.total += 1
 
@@ -240,8 +235,7 @@ class ReplayBuffer:
             CheckpointError: segments are missing, or of a buffer with other shapes.
         """
         journal.restore(self, Path(folder), cursor)
-        if self._returns is not None:
-            self._returns.rebuild(self.total, self.reward, self.terminated, self.truncated)
+        self._returns.rebuild(self.total, self.reward, self.terminated, self.truncated)
 
     def cut(self) -> None:
         """Truncate every running episode after its newest step: the next `add` starts new ones."""
@@ -251,8 +245,7 @@ class ReplayBuffer:
         position = (self.total - 1) % self.steps_per_env
         self.truncated[torch.from_numpy(going).to(self._home) + position * self.num_envs] = True
         self._keep_final(position, going)
-        if self._returns is not None:
-            self._returns.end(position, going, np.zeros(self.num_envs, bool))
+        self._returns.end(position, going, np.zeros(self.num_envs, bool))
         self._ended = np.ones(self.num_envs, bool)
 
     def load_steps(self, start: int, steps: dict[str, Tensor], pending: Obs | None) -> None:
@@ -326,10 +319,10 @@ class ReplayBuffer:
                 mask = next_row < self._rows
                 out[name] = take(self.action, torch.where(mask, next_row, last))
                 out["next_action_mask"] = mask
-            elif name == "return_to_go" and self._returns is not None:
+            elif name == "return_to_go":
                 out[name] = take(self._returns.of(gamma), rows)
             else:
-                known = ["next_action", "return_to_go"] if self._returns is not None else ["next_action"]
+                known = ["next_action", "return_to_go"]
                 raise unknown("extra of a replay buffer", name, known, DataError)
         return out
 
@@ -396,9 +389,3 @@ class ReplayBuffer:
         if tensor.shape != shape:
             raise DataError(f"add() got {name!r} of shape {tuple(tensor.shape)}, the buffer holds {shape}")
         return tensor.to(self._home)
-
-
-def _host(values: Any, kind: type = bool) -> np.ndarray:
-    if isinstance(values, Tensor):
-        values = values.cpu().numpy()
-    return np.asarray(values, kind)

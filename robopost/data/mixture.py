@@ -45,6 +45,14 @@ def check_same_task(env: Spec, demos: Spec) -> None:
         )
 
 
+def check_extras(extra: Sequence[str]) -> None:
+    """Raise DataError where a per-sample quantity is wanted that new experience can't have."""
+    if "step" in extra:
+        raise DataError(
+            "an algorithm that asks for each sample's dataset step can't learn online: new experience has none"
+        )
+
+
 class MixedSampler:
     """Batches with an exact share of demonstrations: round(batch_size * fraction) of them come first."""
 
@@ -77,7 +85,7 @@ class MixedSampler:
         extra: Sequence[str] = (),
     ) -> Batch:
         """As `ReplayBuffer.sample`, demonstrations first."""
-        _no_steps(extra)
+        check_extras(extra)
         demos = round(batch_size * self.fraction)
         parts: list[Batch] = []
         if demos:
@@ -127,7 +135,7 @@ class UniformSampler:
         extra: Sequence[str] = (),
     ) -> Batch:
         """As `ReplayBuffer.sample`; the order of recorded and own experience is random."""
-        _no_steps(extra)
+        check_extras(extra)
         recorded = self.dataset.num_transitions
         high = recorded + len(self.buffer)
         pick = torch.randint(high, (batch_size,), generator=generator, device=generator.device)
@@ -142,10 +150,3 @@ class UniformSampler:
         )
         new = self.buffer.transitions_at(torch.where(ours, pick - recorded, 0), **ahead)
         return choose(ours.to(self.buffer.device), new, old)
-
-
-def _no_steps(extra: Sequence[str]) -> None:
-    if "step" in extra:
-        raise DataError(
-            "an algorithm that asks for each sample's dataset step can't learn online: new experience has none"
-        )

@@ -6,6 +6,7 @@ With `loop.online_steps` the same algorithm goes on in the environment, in the o
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from robopost.config import TrainConfig
 from robopost.data.batch import Spec
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
-from robopost.data.mixture import MixedSampler, Sampler, UniformSampler
+from robopost.data.mixture import MixedSampler, UniformSampler, check_extras
 from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.offpolicy import interact, make_training_env
 from robopost.loops.run import Files, Run
@@ -24,7 +25,9 @@ from robopost.policies.base import Policy
 from robopost.registry import ALGOS
 from robopost.vector import make_vec
 
+log = logging.getLogger(__name__)
 REACH_SLACK = 1e-3
+SYMMETRIC = 0.5  # recorded share of a batch (Nakamoto et al. 2023, Cal-QL: mixing ratio)
 
 
 def run_offline(run: Run) -> None:
@@ -50,6 +53,7 @@ def run_offline(run: Run) -> None:
     recorded = algo.policy.label_demos(dataset)
     # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
     dataset = recorded.normalise(algo.policy.normaliser)
+    online = _online_sampler(run, algo, recorded) if config.loop.online_steps else None
     algo.attach(dataset)
     generator = run.generators["data"]
 
@@ -72,8 +76,8 @@ def run_offline(run: Run) -> None:
             )
         run.record(algo.update(batch))
         run.after(step, algo, extra_state)
-    if config.loop.online_steps:
-        _go_online(run, algo, recorded, state)
+    if online is not None:
+        _go_online(run, algo, *online, state)
 
 
 def check_online(config: TrainConfig) -> None:
@@ -98,30 +102,48 @@ def check_online(config: TrainConfig) -> None:
         raise ConfigError(f"loop.online_steps={steps} needs an environment and env is empty. Fix: env=<name>")
 
 
-def _go_online(run: Run, algo: Algorithm, recorded: Dataset, state: dict[str, Any] | None) -> None:
-    """The online phase: `algo` as the offline phase has left it, `recorded` in environment units."""
-    config, loop, needs, policy = run.config, run.config.loop, algo.needs, algo.policy
-    env = make_training_env(config)
+def _online_sampler(
+    run: Run, algo: Algorithm, recorded: Dataset
+) -> tuple[ReplayBuffer, MixedSampler | UniformSampler]:
+    """The empty buffer of the online phase, and what mixes it with `recorded` (environment units).
+
+    Made before the offline updates: what doesn't fit shall not show after them.
+    """
+    loop, needs, policy, n = run.config.loop, algo.needs, algo.policy, run.config.env.num_envs
+    check_extras(needs.extra)
+    obs = {key: recorded.spec.obs[key] for key in policy.obs_keys}
+    buffer = ReplayBuffer(
+        replace(recorded.spec, obs=obs),
+        min(loop.buffer_size, n * max(2, -(-loop.online_steps // n))),
+        n,
+        run.device,
+        history=policy.history,
+        return_gamma=needs.gamma if "return_to_go" in needs.extra else None,
+        sparse_reward=run.config.data.sparse_reward,
+    )
+    if loop.online_sampling == "uniform":
+        return buffer, UniformSampler(buffer, recorded)
+    return buffer, MixedSampler(buffer, recorded, SYMMETRIC)
+
+
+def _go_online(
+    run: Run,
+    algo: Algorithm,
+    buffer: ReplayBuffer,
+    sampler: MixedSampler | UniformSampler,
+    state: dict[str, Any] | None,
+) -> None:
+    """The online phase, from where the offline updates or a checkpoint have left `algo`."""
+    loop = run.config.loop
+    env = make_training_env(run.config)
     try:
-        if policy.wraps_env:
-            env = policy.wrap_env(env)
-        obs = {key: recorded.spec.obs[key] for key in policy.obs_keys}
-        buffer = ReplayBuffer(
-            replace(recorded.spec, obs=obs),
-            loop.buffer_size,
-            env.num_envs,
-            run.device,
-            history=env.history,
-            return_gamma=needs.gamma if "return_to_go" in needs.extra else None,
-            sparse_reward=config.data.sparse_reward,
-        )
-        sampler: Sampler = MixedSampler(buffer, recorded, 0.5)
-        if loop.online_sampling == "uniform":
-            sampler = UniformSampler(buffer, recorded)
+        if algo.policy.wraps_env:
+            env = algo.policy.wrap_env(env)
         if not algo.online:
+            log.info("online after %d updates, %s batches", run.step, loop.online_sampling)
             algo.begin_online()
             state = None  # of the offline phase
-        extra = {"dataset": recorded.dataset_id, "online_from": loop.steps}
+        extra = {"dataset": sampler.dataset.dataset_id, "online_from": loop.steps}
         interact(run, algo, env, buffer, sampler, state, started=loop.steps, extra=extra)
     finally:
         env.close()

@@ -136,8 +136,8 @@ def test_next_action():
         assert bool(batch.extra["next_action_mask"][i]) == known
         if known:
             assert batch.extra["next_action"][i, 0] == last + 2
-    with pytest.raises(DataError, match="unknown extra of a replay buffer 'return_to_go'"):
-        buffer.sample(1, generator(), extra=("return_to_go",))
+    with pytest.raises(DataError, match="unknown extra of a replay buffer 'next_acton'.*next_action"):
+        buffer.sample(1, generator(), extra=("next_acton",))
 
 
 def test_history_shape_and_tensors():
