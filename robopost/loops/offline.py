@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from robopost.algos.base import Algorithm
 from robopost.config import TrainConfig
-from robopost.data.batch import Spec
+from robopost.data.batch import Batch, Spec
 from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
 from robopost.data.mixture import MixedSampler, UniformSampler, check_extras
@@ -32,15 +33,37 @@ SYMMETRIC = 0.5  # recorded share of a batch (Nakamoto et al. 2023, Cal-QL: mixi
 
 def run_offline(run: Run) -> None:
     """Train from `config.data` until `config.loop.steps` updates are done, then online where the config asks."""
+    dataset = load(run)
+    algo, state = begin(run, dataset)
+    recorded = algo.policy.label_demos(dataset)
+    # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
+    dataset = recorded.normalise(algo.policy.normaliser)
+    online = _online_sampler(run, algo, recorded) if run.config.loop.online_steps else None
+    algo.attach(dataset)
+    learn(run, algo, dataset, run.config.loop.steps)
+    if online is not None:
+        _go_online(run, algo, *online, state)
+
+
+def load(run: Run) -> Dataset:
+    """The recorded data of the config, in environment units."""
     config = run.config
     if not config.data.path:
         raise ConfigError(
             f"algo={config.algo.name} learns from recorded data and data.path is empty. "
             "Fix: data.path=<store or dataset file>; make one with `robopost collect`"
         )
-    dataset = Dataset.load(config.data, device=run.device)
+    return Dataset.load(config.data, device=run.device)
+
+
+def begin(run: Run, dataset: Dataset) -> tuple[Algorithm, dict[str, Any] | None]:
+    """Build the algorithm, check that everything fits, and create or restore the run.
+
+    Returns:
+        (algorithm, the loop state of the checkpoint or None).
+    """
+    config = run.config
     algo = run.build(dataset.spec, dataset.stats, dataset.dataset_id)
-    needs = algo.needs
     _check_reach(algo.policy, dataset)
     if config.env is not None:
         _check_env(config, algo.policy, dataset.spec)
@@ -50,34 +73,31 @@ def run_offline(run: Run) -> None:
             f"{config.data.path} has changed since {run.folder} was trained on it. "
             "Fix: restore it, or start a new run with out=<folder>"
         )
-    recorded = algo.policy.label_demos(dataset)
-    # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
-    dataset = recorded.normalise(algo.policy.normaliser)
-    online = _online_sampler(run, algo, recorded) if config.loop.online_steps else None
-    algo.attach(dataset)
-    generator = run.generators["data"]
+    return algo, state
 
-    def extra_state() -> tuple[Files, dict[str, Any]]:
-        return {}, {"dataset": dataset.dataset_id}
 
-    for step in range(run.step + 1, config.loop.steps + 1):
-        if needs.chunks:
-            batch = dataset.sample_chunks(
-                needs.batch_size, algo.policy.horizon, generator, history=algo.policy.history
-            )
-        else:
-            batch = dataset.sample(
-                needs.batch_size,
-                generator,
-                n_step=needs.n_step,
-                gamma=needs.gamma,
-                extra=needs.extra,
-                history=algo.policy.history,
-            )
-        run.record(algo.update(batch))
-        run.after(step, algo, extra_state)
-    if online is not None:
-        _go_online(run, algo, *online, state)
+def learn(run: Run, algo: Algorithm, dataset: Dataset, until: int) -> None:
+    """Updates from `dataset`, in normalised units, until `run.step` is `until`."""
+    needs, generator = algo.needs, run.generators["data"]
+    for step in range(run.step + 1, until + 1):
+        steps = dataset.draw(needs.batch_size, generator, chunks=needs.chunks)
+        run.record(algo.update(batch_at(dataset, algo, steps)))
+        run.after(step, algo, lambda: loop_state(dataset))
+
+
+def batch_at(dataset: Dataset, algo: Algorithm, steps: Tensor) -> Batch:
+    """The batch that `algo` asks for, begun at `steps` (B,) int64."""
+    needs, policy = algo.needs, algo.policy
+    if needs.chunks:
+        return dataset.chunks_at(steps, policy.horizon, history=policy.history)
+    return dataset.transitions_at(
+        steps, n_step=needs.n_step, gamma=needs.gamma, extra=needs.extra, history=policy.history
+    )
+
+
+def loop_state(dataset: Dataset) -> tuple[Files, dict[str, Any]]:
+    """What the offline loop adds to a checkpoint."""
+    return {}, {"dataset": dataset.dataset_id}
 
 
 def check_online(config: TrainConfig) -> None:
