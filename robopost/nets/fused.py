@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from robopost.nets.seeds import escape
 
 MIN_WORK = 1 << 21  # multiply-adds of the largest layer below which call overhead dominates
+ROW_STEP = 32  # granularity of the rows a backward pass is restricted to
 _override: bool | None = None
 _stacked = False
 
@@ -167,6 +168,10 @@ class _Perceptron(torch.autograd.Function):
         grad_x: Tensor | None = None
         stacked = weights[0].dim() == 3
         flow = list(grad.unbind()) if stacked else [grad]
+        rows = _needed_rows(flow[0]) if members == 1 else None
+        if rows is not None:
+            batch = x.shape[0]
+            x, flow[0], *saved = (tensor.index_select(0, rows) for tensor in (x, flow[0], *saved))
         for layer in reversed(range(count // 2)):
             weight, bias = weights[2 * layer], weights[2 * layer + 1]
             inputs = [x] * members if layer == 0 else saved[(layer - 1) * members : layer * members]
@@ -181,13 +186,26 @@ class _Perceptron(torch.autograd.Function):
                 grads[2 * layer + 1] = torch.stack(sums).view(bias.shape) if stacked else sums[0]
             if layer == 0 and not ctx.needs_input_grad[0]:
                 break
-            rows = _rows(weight, bias)
-            flow = [_dense(g, w.t()) for g, (w, _) in zip(flow, rows, strict=True)]
+            flow = [_dense(g, w.t()) for g, (w, _) in zip(flow, _rows(weight, bias), strict=True)]
             if layer > 0:
-                flow = [torch.ops.aten.threshold_backward(g, h, 0) for g, h in zip(flow, inputs, strict=True)]
+                for g, h in zip(flow, inputs, strict=True):
+                    torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)
             else:
                 grad_x = flow[0] if members == 1 else torch.stack(flow).sum(0)
+                if rows is not None:
+                    grad_x = grad_x.new_zeros(batch, grad_x.shape[1]).index_copy_(0, rows, grad_x)
         return grad_x, *grads
+
+
+def _needed_rows(grad: Tensor) -> Tensor | None:
+    """Indices that hold all rows of `grad` (B, out) with a gradient, or None where these are most of them.
+
+    A loss that is masked per sample leaves the others without one. Their number is rounded up: oneDNN
+    builds a kernel for every new shape, which takes milliseconds.
+    """
+    with_gradient = grad.any(-1)
+    count = -(-int(with_gradient.sum()) // ROW_STEP) * ROW_STEP
+    return with_gradient.argsort(descending=True, stable=True)[:count] if count < grad.shape[0] else None
 
 
 class _Stacked(torch.autograd.Function):

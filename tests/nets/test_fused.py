@@ -70,3 +70,30 @@ def test_the_check_of_the_kernels_leaves_the_random_stream_alone():
     fused.available.cache_clear()
     assert fused.available()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 40, 64])
+@pytest.mark.parametrize("make", [lambda: MLP(*SIZES), lambda: EnsembleMLP(1, *SIZES)])
+def test_rows_without_a_gradient_are_left_out_and_change_nothing(make, kept):
+    torch.manual_seed(0)
+    net, x = make(), torch.randn(64, 23, requires_grad=True)
+    mask = torch.randperm(64) < kept
+    results = []
+    for enabled in (True, False):
+        fused.force(enabled)
+        loss = torch.where(mask[:, None], net(x), 0.0).square().sum()
+        results.append(torch.autograd.grad(loss, [x, *net.parameters()]))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert (results[0][0].any(-1) == mask).all()
+
+
+def test_a_backward_pass_sees_only_the_rows_it_needs(monkeypatch):
+    fused.force(True)
+    net, x = MLP(*SIZES), torch.randn(256, 23)
+    out = torch.where((torch.arange(256) < 70)[:, None], net(x), 0.0).sum()
+    rows = []
+    plain = fused._dense
+    monkeypatch.setattr(fused, "_dense", lambda a, *rest: (rows.append(min(a.shape)), plain(a, *rest))[1])
+    torch.autograd.grad(out, list(net.parameters()))
+    assert max(rows) <= 96
