@@ -58,6 +58,12 @@ def obstacle(algo: Algorithm) -> str:
     return ""
 
 
+def trained_parameters(algo: Algorithm) -> int:
+    """Parameters that the algorithm's optimisers move."""
+    optimizers = [value for value in vars(algo).values() if isinstance(value, torch.optim.Optimizer)]
+    return sum(p.numel() for item in optimizers for group in item.param_groups for p in group["params"])
+
+
 class Stack:
     """N algorithms of one config, trained together.
 

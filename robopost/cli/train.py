@@ -36,6 +36,7 @@ RESUMABLE = (
     "loop.keep_checkpoints",
     "track.",
     "device",
+    "accel.stack_seeds",
 )
 # What only the online phase uses, of an offline run that has none yet.
 BEFORE_ONLINE = ("loop.online_sampling", "loop.buffer_size", "env.num_envs")

@@ -15,6 +15,7 @@ from robopost.loops.offline import check_online, run_offline
 from robopost.loops.offpolicy import run_offpolicy
 from robopost.loops.onpolicy import run_onpolicy
 from robopost.loops.run import Run, with_seed
+from robopost.loops.stacked import train_stacked
 from robopost.registry import ALGOS
 
 LOOPS: dict[str, Callable[[Run], None]] = {
@@ -57,9 +58,14 @@ def train(config: TrainConfig, command: str = "") -> Path:
     # algo.needs may depend on the built algorithm; the regime doesn't, and picks the loop before anything is built.
     loop = LOOPS[ALGOS.get(config.algo.name).target.regime]
     seeds = range(config.seed, config.seed + config.seeds)
-    for seed in seeds:
+
+    def new_run(seed: int) -> Run:
         place = folder / f"seed_{seed}" if config.seeds > 1 else folder
-        run = Run(replace(with_seed(config, seed), out=str(place)), place, command, config.seeds)
+        return Run(replace(with_seed(config, seed), out=str(place)), place, command, config.seeds)
+
+    if train_stacked([new_run(seed) for seed in seeds]) and not config.loop.online_steps:
+        return folder
+    for run in map(new_run, seeds):
         try:
             loop(run)
         except Exception:

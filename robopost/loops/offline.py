@@ -38,7 +38,7 @@ def run_offline(run: Run) -> None:
     recorded = algo.policy.label_demos(dataset)
     # Statistics are fixed now (fitted or restored): normalise the whole dataset once instead of every batch.
     dataset = recorded.normalise(algo.policy.normaliser)
-    online = _online_sampler(run, algo, recorded) if run.config.loop.online_steps else None
+    online = online_sampler(run, algo, recorded) if run.config.loop.online_steps else None
     algo.attach(dataset)
     learn(run, algo, dataset, run.config.loop.steps)
     if online is not None:
@@ -122,7 +122,7 @@ def check_online(config: TrainConfig) -> None:
         raise ConfigError(f"loop.online_steps={steps} needs an environment and env is empty. Fix: env=<name>")
 
 
-def _online_sampler(
+def online_sampler(
     run: Run, algo: Algorithm, recorded: Dataset
 ) -> tuple[ReplayBuffer, MixedSampler | UniformSampler]:
     """The empty buffer of the online phase, and what mixes it with `recorded` (environment units).
