@@ -210,7 +210,7 @@ class Dataset:
         Returns:
             Batch with `discount` = gamma^k for the true k, 0 on terminated.
         """
-        steps = self.transition_steps(self._draw(self.num_transitions, batch_size, generator))
+        steps = self.draw(batch_size, generator)
         return self.transitions_at(steps, n_step=n_step, gamma=gamma, extra=extra, history=history, keys=keys)
 
     def transition_steps(self, pick: Tensor) -> Tensor:
@@ -223,9 +223,7 @@ class Dataset:
         """The steps (B,) int64 at which `sample`, or with `chunks` `sample_chunks`, begins."""
         if chunks:
             return self._draw(self.num_steps, batch_size, generator)
-        usable = self._index.usable
-        pick = self._draw(self.num_transitions, batch_size, generator)
-        return pick if usable is None else take(usable, pick)
+        return self.transition_steps(self._draw(self.num_transitions, batch_size, generator))
 
     def transitions_at(
         self,

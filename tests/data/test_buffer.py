@@ -9,8 +9,6 @@ import torch
 
 from robopost.data.batch import Batch, Spec
 from robopost.data.buffer import ReplayBuffer
-from robopost.data.dataset import Dataset
-from robopost.data.mixture import MixedSampler
 from robopost.errors import CheckpointError, ConfigError, DataError
 
 SPEC = Spec({"state": ((2,), "float32")}, 1, (-1.0,), (1.0,))
@@ -136,7 +134,7 @@ def test_next_action():
         assert bool(batch.extra["next_action_mask"][i]) == known
         if known:
             assert batch.extra["next_action"][i, 0] == last + 2
-    with pytest.raises(DataError, match="unknown extra of a replay buffer 'next_acton'.*next_action"):
+    with pytest.raises(DataError, match=r"unknown extra of a replay buffer 'next_acton'.*next_action"):
         buffer.sample(1, generator(), extra=("next_acton",))
 
 
@@ -284,49 +282,3 @@ def test_bad_use_is_one_line():
         buffer.add({"image": flag}, np.zeros((2, 1)), np.zeros(2), obs, flag, flag)
     with pytest.raises(DataError, match="the buffer has 2 environments"):
         buffer.add(obs, np.zeros((2, 1)), np.zeros(2), obs, flag[:1], flag[:1])
-
-
-@pytest.mark.parametrize(("fraction", "demos"), [(0.0, 0), (0.25, 16), (0.5, 32), (1.0, 64)])
-def test_mixture_is_exact(make_episode, spec, fraction, demos):
-    demonstrations = Dataset.from_episodes([make_episode(0, 10)], spec)
-    buffer = ReplayBuffer(spec, 50, 1)
-    state = {"state": np.full((1, 3), -7, np.float32)}
-    for _ in range(20):
-        buffer.add(state, np.zeros((1, 2)), np.zeros(1), state, np.zeros(1, bool), np.zeros(1, bool))
-    sampler = MixedSampler(buffer, demonstrations, fraction)
-    batch = sampler.sample(64, generator(), n_step=2, extra=("next_action",))
-    ours = batch.obs["state"][:, 0] != -7
-    assert len(batch) == 64
-    assert ours[:demos].all()
-    assert not ours[demos:].any()
-    assert batch.extra["next_action"].shape == (64, 2)
-
-
-def test_mixture_checks_the_task():
-    buffer = ReplayBuffer(SPEC, 10)
-    with pytest.raises(ConfigError, match=r"demo_fraction=1\.5"):
-        MixedSampler(buffer, None, 1.5)
-    other = Spec({"state": ((5,), "float32")}, 1, (-1.0,), (1.0,))
-    columns = np.zeros((3, 5), np.float32)
-    from robopost.data.episode import Episode
-
-    demos = Dataset.from_episodes(
-        [Episode({"state": columns}, np.zeros((2, 1)), np.zeros(2), False, True)], other
-    )
-    with pytest.raises(DataError, match="the environment has 'state'"):
-        MixedSampler(buffer, demos, 0.5)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_sampling_never_waits_for_the_gpu():
-    buffer, world = ReplayBuffer(SPEC, 50, 2, device="cuda"), World(2)
-    for _ in range(40):
-        world.step(buffer)
-    gen = torch.Generator("cuda").manual_seed(0)
-    buffer.sample(64, gen, n_step=3, extra=("next_action",))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        buffer.sample(64, gen, n_step=3, extra=("next_action",))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
