@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from robopost.vector import VecEnv
 
 
+EPISODE_STEP = "episode_step"  # key under which `StepPolicy` tells a policy with `reads_step` where it is
+
+
 @dataclass
 class Action:
     """What a policy returns.
@@ -49,6 +52,9 @@ class Policy(nn.Module, ABC):
         False  # True where the normaliser came with loaded weights and must not be refitted
     )
     wraps_env: ClassVar[bool] = False  # True where the policy adds observations, see `wrap_env`
+    reads_step: bool = (
+        False  # True where actions depend on the step within the episode: obs[EPISODE_STEP] (B,)
+    )
     own_keys: ClassVar[tuple[str, ...]] = ()  # the observations it adds, which no environment has to offer
 
     def __init__(self, config: Any, spec: Spec) -> None:

@@ -17,7 +17,7 @@ from robopost.config import PolicyConfig
 from robopost.data.batch import Obs, Spec
 from robopost.errors import CheckpointError, ConfigError, unknown
 from robopost.nets.mlp import MLP
-from robopost.policies.base import Policy
+from robopost.policies.base import EPISODE_STEP, Policy
 from robopost.registry import POLICIES
 
 OBS_MODES = ("plain", "time_feature", "ant27_zeros", "ant27_zeros_time")
@@ -53,8 +53,9 @@ class ReferenceConfig(PolicyConfig):
 class Reference(Policy):
     """MLP actor of another code base, with its own observation standardisation and features.
 
-    Its time feature needs the step within the episode, which it counts itself: row i of every call is
-    environment i, `reset(env_mask)` marks new episodes, and a call with another number of rows starts anew.
+    Its time feature needs the step within the episode. `StepPolicy` tells it; without (`act` called on its own)
+    it counts itself: row i of every call is environment i, `reset(env_mask)` marks new episodes, and a call with
+    another number of rows starts anew.
     """
 
     registry_name = "reference"
@@ -79,6 +80,7 @@ class Reference(Policy):
             self.log_std = torch.nn.Parameter(torch.zeros(spec.action_dim))
         elif config.std == "state":
             self.log_std_head = torch.nn.Linear((config.hidden or [self.in_dim])[-1], spec.action_dim)
+        self.reads_step = config.obs_mode in ("time_feature", "ant27_zeros_time")
         self._steps = torch.zeros(0)
 
     def reset(self, env_mask: Tensor | None = None) -> None:
@@ -88,16 +90,22 @@ class Reference(Policy):
         else:
             self._steps[env_mask.to(self._steps.device)] = 0
 
-    def features(self, state: Tensor) -> Tensor:
-        """Standardised network input (B, in_dim) from raw states (B, D); advances the step count."""
+    def features(self, state: Tensor, step: Tensor | None = None) -> Tensor:
+        """Standardised network input (B, in_dim) from raw states (B, D).
+
+        Args:
+            state: raw states.
+            step: (B,) steps since each episode's start; None = as counted here, which advances the count.
+        """
         if self.config.obs_mode.startswith("ant27"):
             state = torch.cat([state[:, :ANT_USED], state.new_zeros(len(state), ANT_CONTACT)], dim=-1)
-        if self.config.obs_mode.endswith("time") or self.config.obs_mode == "time_feature":
-            if len(self._steps) != len(state):
-                self._steps = torch.zeros(len(state), device=state.device)
-            left = 1 - self._steps / self.config.time_limit
+        if self.reads_step:
+            if step is None:
+                if len(self._steps) != len(state):
+                    self._steps = torch.zeros(len(state), device=state.device)
+                step, self._steps = self._steps, self._steps + 1
+            left = 1 - step.to(state.dtype) / self.config.time_limit
             state = torch.cat([state, left.unsqueeze(-1)], dim=-1)
-            self._steps = self._steps + 1
         out = (state - self.obs_mean) / self.obs_std
         return out.clamp(-self.config.clip_obs, self.config.clip_obs) if self.config.clip_obs else out
 
@@ -106,7 +114,7 @@ class Reference(Policy):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """One action; stochastic where the actor brought a std."""
         *layers, last = self.net
-        hidden = self.features(obs[self.obs_keys[0]])
+        hidden = self.features(obs[self.obs_keys[0]], obs.get(EPISODE_STEP))
         for layer in layers:
             hidden = layer(hidden)
         out = last(hidden)

@@ -21,7 +21,7 @@ from robopost.data.dataset import Dataset
 from robopost.errors import CheckpointError, ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.mlp import MLP
-from robopost.policies.base import Policy, build_policy
+from robopost.policies.base import EPISODE_STEP, Policy, build_policy
 from robopost.policies.chunked import StepPolicy
 from robopost.registry import POLICIES
 from robopost.vector import Arrays, Step, VecEnv, to_torch
@@ -173,6 +173,8 @@ class ResidualPolicy(Policy):
         for part in queries.split(LABEL_BATCH):
             past = torch.maximum(part[:, None] + back, first[part][:, None])
             obs = {key: demos.obs[key][past if self.history > 1 else part] for key in self.base.spec.obs}
+            if self.base.reads_step:
+                obs[EPISODE_STEP] = part - first[part]
             chunk = self.base.act(
                 {k: v.to(self.device) for k, v in obs.items()}, deterministic=True
             ).chunk.cpu()

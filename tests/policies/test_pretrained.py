@@ -109,7 +109,7 @@ def test_time_feature_counts_each_environment_on_its_own():
     state = torch.zeros(2, 3)
     seen = []
     inner = policy.features
-    policy.features = lambda x: seen.append(inner(x)) or seen[-1]
+    policy.features = lambda *x: seen.append(inner(*x)) or seen[-1]
     stepper.reset()
     for _ in range(3):
         stepper.act({"state": state})
@@ -120,6 +120,39 @@ def test_time_feature_counts_each_environment_on_its_own():
     stepper.reset()
     stepper.act({"state": state})
     assert seen[-1][:, -1].tolist() == [1.0, 1.0]
+
+
+def test_time_feature_counts_on_when_some_environments_are_asked():
+    """What happens behind a residual at an episode's end: `only` the new episode is asked for its first step."""
+    policy = Reference(ReferenceConfig(obs_mode="time_feature"), SPEC)
+    seen = []
+    inner = policy.features
+    policy.features = lambda *x: seen.append(inner(*x)) or seen[-1]
+    stepper, obs = StepPolicy(policy, 3), {"state": torch.zeros(3, 3)}
+    left = lambda: seen[-1][:, -1].tolist()  # noqa: E731
+    stepper.act(obs)
+    stepper.act(obs)
+    ended = torch.tensor([False, True, False])
+    stepper.reset(ended)
+    stepper.act(obs, only=ended)
+    assert left() == [1.0]
+    stepper.act(obs)
+    assert left() == pytest.approx([0.998, 0.999, 0.998])
+    # Another user of the same policy (an evaluation with fewer environments) changes nothing here ...
+    StepPolicy(policy, 1).act({"state": torch.zeros(1, 3)})
+    assert left() == [1.0]
+    saved = stepper.state_dict()
+    stepper.act(obs)
+    assert left() == pytest.approx([0.997, 0.998, 0.997])
+    # ... and a resumed run goes on counting.
+    twin = StepPolicy(policy, 3)
+    twin.load_state_dict(saved)
+    twin.act(obs)
+    assert left() == pytest.approx([0.997, 0.998, 0.997])
+    # On its own the policy counts by row.
+    for expected in (1.0, 0.999):
+        policy.act(obs)
+        assert left() == pytest.approx([expected] * 3)
 
 
 def test_ant_actor_sees_zeros_in_place_of_contact_forces():

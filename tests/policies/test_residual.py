@@ -17,6 +17,7 @@ from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
 from robopost.policies.flow import Flow, FlowConfig
 from robopost.policies.pretrained import load_pretrained
+from robopost.policies.reference import Reference, ReferenceConfig
 from robopost.policies.residual import BASE_ACTION, BaseActionEnv, ResidualConfig, ResidualPolicy
 from robopost.vector import VecEnv
 
@@ -97,6 +98,46 @@ def test_base_actions_follow_frames_across_time_limit_and_termination():
         # The true final observation carries its own base action, whichever way the episode ended.
         assert np.array_equal(step.next_obs[BASE_ACTION][:, 0], step.next_obs["state"][:, 0])
         obs = step.obs
+
+
+def clock(limit=1000):
+    """A published actor that answers its time feature: action 1 - t/limit, whatever it sees."""
+    config = ReferenceConfig(obs_mode="time_feature", output="linear", time_limit=limit)
+    policy = Reference(config, SPEC)
+    policy.net[0].weight.data = torch.tensor([[0.0, 0.0, 1.0]])
+    policy.net[0].bias.data.zero_()
+    return policy
+
+
+def test_a_base_that_reads_the_step_knows_it_in_every_episode():
+    policy = ResidualPolicy.__new__(ResidualPolicy)
+    torch.nn.Module.__init__(policy)
+    policy.base, policy.spec = clock(limit=10), SPEC
+    env = BaseActionEnv(VecEnv(Frames()), policy)
+    obs = env.reset(0)
+    for t in range(23):
+        np.testing.assert_allclose(obs[BASE_ACTION][:, 0], 1 - obs["state"][:, 0] / 10, atol=1e-6)
+        if t == 7:  # an evaluation in between
+            StepPolicy(policy.base, 5).act({"state": torch.zeros(5, 2)})
+        step = env.step(obs[BASE_ACTION])
+        np.testing.assert_allclose(
+            step.next_obs[BASE_ACTION][:, 0], 1 - step.next_obs["state"][:, 0] / 10, atol=1e-6
+        )
+        obs = step.obs
+
+
+def test_demonstrations_are_labelled_with_their_step():
+    policy = ResidualPolicy.__new__(ResidualPolicy)
+    torch.nn.Module.__init__(policy)
+    policy.base, policy.spec, policy.history = clock(limit=10), SPEC, 1
+    policy.normaliser = policy.base.normaliser
+    episodes = [
+        Episode({"state": np.ones((n + 1, 2), np.float32)}, np.zeros((n, 1)), np.zeros(n), False, True)
+        for n in (3, 5)
+    ]
+    labelled = policy.label_demos(Dataset.from_episodes(episodes, SPEC))
+    expected = [1.0, 0.9, 0.8, 0.7, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5]
+    np.testing.assert_allclose(labelled.obs[BASE_ACTION][:, 0], expected, atol=1e-6)
 
 
 def test_demonstrations_are_labelled_as_if_executed():
