@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robopost.accel import accelerate, leaves, map_tensors, resolve
+from robopost.accel import CudaGraph, accelerate, leaves, map_tensors, resolve
 from robopost.algos.base import Algorithm, Metrics
 from robopost.data.batch import Batch
 from robopost.errors import ConfigError
@@ -100,10 +100,16 @@ class Stack:
             if isinstance(value, torch.optim.Optimizer)
         }
         vars(self._template).update(self._flats | self._optimizers)
+        self._graphs: list[CudaGraph] = []
         self._accelerate(mode)
 
     def __len__(self) -> int:
         return len(self.algos)
+
+    @property
+    def graphs(self) -> list[CudaGraph]:
+        """The captured steps, one graph each for all seeds; empty in eager mode."""
+        return self._graphs
 
     def update(self, batch: Batch) -> Metrics:
         """One update of every seed.
@@ -215,6 +221,7 @@ class Stack:
             step = getattr(template, name)
             whole = lambda *args, step=step: self._run(step, args)  # noqa: E731
             fast = accelerate(whole, mode, device=template.device, generators=self._noise.generators)
+            self._graphs += [fast] if isinstance(fast, CudaGraph) else []
             setattr(template, name, _outside(fast))
 
     def _run(self, fn: Callable[..., Metrics], args: tuple[Any, ...]) -> Metrics:
