@@ -15,6 +15,8 @@ from robopost.nets import fused
 from robopost.nets.ensemble import EnsembleLinear, EnsembleMLP
 from robopost.nets.mlp import MLP
 
+BLOCK_ROWS = 1024  # of one forward pass of `many` on a CPU
+
 
 def float_keys(spec: Spec, keys: Sequence[str]) -> list[str]:
     """The vector observations among `keys`.
@@ -91,10 +93,16 @@ class QEnsemble(nn.Module):
         return self.net(torch.cat([self.join(obs), action], -1)).squeeze(-1)
 
     def many(self, obs: Obs, actions: Tensor) -> Tensor:
-        """Several actions (B, n, A) per observation (B, ...), in one forward pass: (E, B, n)."""
+        """Several actions (B, n, A) per observation (B, ...): (E, B, n).
+
+        One forward pass on a GPU. On a CPU passes of about `BLOCK_ROWS` rows, whose activations stay in the cache:
+        at 256 x 31 rows and 256-wide layers they take 0.7 to 0.9 of the time of a single one.
+        """
         state = self.join(obs)[:, None].expand(-1, actions.shape[1], -1)
         rows = torch.cat([state, actions], -1)
-        return self.net(rows.flatten(0, 1)).squeeze(-1).unflatten(1, rows.shape[:2])
+        size = max(1, BLOCK_ROWS // actions.shape[1]) if rows.device.type == "cpu" else len(rows)
+        parts = [self.net(block.flatten(0, 1)).unflatten(1, block.shape[:2]) for block in rows.split(size)]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).squeeze(-1)
 
     def frozen(self, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
         """As `forward` for the first `members` networks, with a gradient to the inputs alone: (members, B).
