@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from robopost.errors import ConfigError, unknown
@@ -14,6 +14,21 @@ def check_seed(seed: int) -> None:
     """Raise ConfigError for a negative seed, which random generators do not take."""
     if seed < 0:
         raise ConfigError(f"seed={seed} must be 0 or more")
+
+
+def check_widths(section: str, config: Any) -> None:
+    """Raise ConfigError for a hidden layer without units: the network behind it would be a constant.
+
+    Args:
+        section: where `config` stands, e.g. `"policy"`.
+        config: a config dataclass (or None); its lists of layer sizes are called `hidden` or `<what>_hidden`.
+    """
+    for item in fields(config) if is_dataclass(config) else ():
+        sizes = getattr(config, item.name)
+        if f"_{item.name}".endswith("_hidden") and min(sizes, default=1) < 1:
+            raise ConfigError(
+                f"{section}.{item.name}={sizes}: every layer needs at least 1 unit. Fix: larger sizes, [] for none"
+            )
 
 
 @dataclass
@@ -106,7 +121,7 @@ class LoopConfig:
     eval_deterministic: bool = True  # the policy's mode; false samples, which multi-modal human data asks for
     checkpoint_every: int = 0  # 0 = only at the end
     keep_checkpoints: int = 2  # newest ones kept
-    buffer_size: int = 1_000_000  # transitions of a run's own experience kept at most, off-policy and online
+    buffer_size: int = 1_000_000  # transitions, off-policy and online
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_episodes", "keep_checkpoints", "buffer_size"):
@@ -165,6 +180,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        check_widths("algo", self.algo)
+        check_widths("policy", self.policy)
         if not 0 <= self.track.video_episodes <= self.loop.eval_episodes:
             raise ConfigError(
                 f"track.video_episodes={self.track.video_episodes} must lie in 0..{self.loop.eval_episodes} "

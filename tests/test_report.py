@@ -155,6 +155,28 @@ def test_evaluation_table_has_the_numbers_of_the_last_evaluation(tmp_path):
     assert "td3 · gaussian" in page.words
 
 
+def test_both_phases_of_an_offline_to_online_run_show(tmp_path):
+    run = make_run(
+        tmp_path / "a", algo="iql", rates=(0.2, 0.4, 0.8), loop={"steps": 100, "online_steps": 200}
+    )
+    html = read(write_report([run], tmp_path / "r.html"))
+    page = Page(html)
+    assert "offline success (step)" in page.words
+    assert "20.0 % (100)" in page.words  # at the switch, next to the last and the best
+    assert "80.0 % (300)" in page.words
+    lines = re.findall(r'<line class="switch" x1="([\d.]+)"[^>]*><title>online from step 100</title>', html)
+    assert lines
+    # eval/success is drawn over 100..300, where the switch is the left end; loss/critic over 0..300.
+    assert float(lines[0]) == pytest.approx(54 + 100 / 300 * (520 - 54 - 14), abs=4)
+    assert "behind it" in page.words
+    assert "not finished" not in page.words
+    other = make_run(tmp_path / "b", algo="iql", loop={"steps": 300, "online_steps": 200})
+    assert load_run(other).problems == ["not finished: 300 of 500 steps are logged"]
+    plain = Page(read(write_report([make_run(tmp_path / "c")], tmp_path / "c.html")))
+    assert "offline success" not in plain.words
+    assert "behind it" not in plain.words
+
+
 def test_seeds_are_averaged_with_students_t(tmp_path):
     finals = (0.5, 0.7, 0.9)
     runs = [make_run(tmp_path / "td3" / f"seed_{i}", seed=i, rates=(0.1, f)) for i, f in enumerate(finals)]

@@ -79,8 +79,23 @@ def seed_curve(
     return Curve(label, colour, grid, mean, mean - half, mean + half, thin=list(seeds), mark=len(grid) <= 30)
 
 
-def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_label: str = "step") -> str:
-    """A chart of curves over steps as one `<figure>`; `percent` fixes the axis to 0-100 %."""
+def line_chart(
+    title: str,
+    curves: Sequence[Curve],
+    *,
+    percent: bool = False,
+    x_label: str = "step",
+    switches: Sequence[int] = (),
+) -> str:
+    """A chart of curves over steps as one `<figure>`.
+
+    Args:
+        title: caption.
+        curves: at least one, with values.
+        percent: fixes the axis to 0-100 %.
+        x_label: unit of the x axis.
+        switches: steps at which offline updates end and environment steps follow, marked by dashed lines.
+    """
     xs = np.concatenate([part for c in curves for part in (c.x, *(x for x, _ in c.thin))])
     left, right = float(xs.min()), float(xs.max())
     left = 0.0 if 0 < left < 0.25 * right else left
@@ -100,6 +115,11 @@ def line_chart(title: str, curves: Sequence[Curve], *, percent: bool = False, x_
         parts.append(
             f'<text class="tick" x="{x:.1f}" y="{_H - 14}" text-anchor="{anchor}">{short(tick)}</text>'
         )
+    for step in switches:
+        if left < step < right:
+            x = float(sx(step))
+            line = f'x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_H - _BOTTOM}"'
+            parts.append(f'<line class="switch" {line}><title>online from {x_label} {step:,}</title></line>')
     inner = f'x="{_LEFT}" y="{_TOP}" width="{_W - _LEFT - _RIGHT}" height="{_H - _TOP - _BOTTOM}"'
     # A nested svg clips what lies outside the axes without needing an id.
     parts.append(f'<svg {inner} viewBox="{_LEFT} {_TOP} {_W - _LEFT - _RIGHT} {_H - _TOP - _BOTTOM}">')

@@ -40,6 +40,8 @@ CURVE_NOTE = (
     "Shaded: 95 % interval over seeds, or over the episodes of an evaluation."
 )
 
+SWITCH_NOTE = " Steps are offline updates up to the dashed line, environment steps behind it."
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -113,7 +115,8 @@ def render(
         if main:
             body.append("<h2>Learning curves</h2>" if len(tree) == 1 else "")
             body.append(main)
-            body.append(f'<p class="dim">{CURVE_NOTE}</p>')
+            both = any(run.switch is not None for members in groups.values() for run in members)
+            body.append(f'<p class="dim">{CURVE_NOTE}{SWITCH_NOTE if both else ""}</p>')
         if rest:
             fold = "" if main else " open"
             body.append(f"<details{fold}><summary>All training curves</summary>{rest}</details>")

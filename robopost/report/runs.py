@@ -75,6 +75,13 @@ class RunData:
         return " · ".join(name for name in names if name) or self.path.name
 
     @property
+    def switch(self) -> int | None:
+        """Step at which an offline run goes on in the environment, None where it doesn't."""
+        loop = self.config.get("loop") or {}
+        steps = loop.get("steps")
+        return steps if loop.get("online_steps") and isinstance(steps, int) else None
+
+    @property
     def last_step(self) -> int:
         """Last step that was logged."""
         return max((line["step"] for line in self.metrics), default=0)
@@ -175,7 +182,10 @@ def _evaluation(run: RunData, file: Path) -> None:
 
 
 def _unfinished(run: RunData) -> None:
-    wanted = (run.config.get("loop") or {}).get("steps")
+    loop = run.config.get("loop") or {}
+    wanted, online = loop.get("steps"), loop.get("online_steps")
+    if isinstance(wanted, int) and isinstance(online, int):
+        wanted += online
     if isinstance(wanted, int) and run.metrics and run.last_step < wanted:
         run.problems.append(f"not finished: {run.last_step:,} of {wanted:,} steps are logged")
     nulls = sorted({key for line in run.metrics for key, value in line.items() if value is None})

@@ -60,16 +60,18 @@ def group_runs(runs: Sequence[RunData]) -> dict[str, Groups]:
 
 
 def evaluation_table(groups: Groups) -> str:
-    """Last evaluation of each run with its interval, best next to it, and the mean over seeds."""
+    """Last evaluation of each run with its interval, best and offline next to it, and the mean over seeds."""
     last = {id(run): _last(run) for runs in groups.values() for run in runs}
     shown = [item.result for item in last.values() if item is not None]
     if not shown:
         return '<p class="dim">These runs hold no evaluation.</p>'
     judged = any(result.successes is not None for result in shown)
+    both = any(run.switch is not None for runs in groups.values() for run in runs)
     returns = [result.mean_return() for result in shown]
     low, high = min(i.low for i in returns), max(i.high for i in returns)
     head = ["run", "step"] + (["success", ""] if judged else []) + ["return", ""]
-    head += ["best " + ("success" if judged else "return") + " (step)", "episodes", "length"]
+    measure = "success" if judged else "return"
+    head += [f"best {measure} (step)", *([f"offline {measure} (step)"] if both else []), "episodes", "length"]
     rows = []
     for colour, (label, runs) in enumerate(groups.items()):
         items = [item for item in (last[id(run)] for run in runs) if item is not None]
@@ -81,11 +83,11 @@ def evaluation_table(groups: Groups) -> str:
                 cells += _interval(seeds_success(outcomes), 0, 1, colour, percent=True)
             mean = t_interval([item.result.returns.mean() for item in items])
             cells += _interval(mean, low, high, colour)
-            cells += ["", _num(f"{len(items)} seeds"), ""]
+            cells += ["", *([""] if both else []), _num(f"{len(items)} seeds"), ""]
             rows.append(_row(cells, "group"))
         for run in runs:
             name = f"seed {run.seed}" if several else label
-            rows.append(_run_row(run, last[id(run)], name, colour, several, judged, (low, high)))
+            rows.append(_run_row(run, last[id(run)], name, colour, several, judged, both, (low, high)))
     note = "Success: Wilson interval. Return: bootstrap interval. Means over seeds: Student's t, for success never "
     note += "narrower than the pooled Wilson interval. All 95 %."
     head_html = "".join(
@@ -199,11 +201,12 @@ def _run_row(
     colour: int,
     several: bool,
     judged: bool,
+    both: bool,
     ends: tuple[float, float],
 ) -> str:
     first = escape(name) if several else _named(name, colour)
     if item is None:
-        width = 8 + (2 if judged else 0)
+        width = 8 + (2 if judged else 0) + both
         return f'<tr class="seed"><td>{first}</td><td class="dim" colspan="{width}">no evaluation</td></tr>'
     result = item.result
     cells = [first, _num("" if item.step is None else f"{item.step:,}")]
@@ -211,7 +214,12 @@ def _run_row(
         success = result.success()
         cells += _interval(success, 0, 1, colour, percent=True) if success else ["", ""]
     cells += _interval(result.mean_return(), *ends, colour)
-    cells += [_best(run, judged), _num(f"{result.episodes:,}"), _num(f"{result.lengths.mean():.0f}")]
+    cells += [
+        _best(run, judged),
+        *([_offline(run, judged)] if both else []),
+        _num(f"{result.episodes:,}"),
+        _num(f"{result.lengths.mean():.0f}"),
+    ]
     return _row(cells, "seed" if several else "")
 
 
@@ -224,6 +232,19 @@ def _best(run: RunData, judged: bool) -> str:
     if len(scored) < 2:
         return ""
     value, step = max(scored, key=lambda pair: pair[0])
+    return _score(value, step, judged)
+
+
+def _offline(run: RunData, judged: bool) -> str:
+    """The evaluation at the end of the offline updates of a run that goes on online."""
+    for item in run.trained:
+        values = item.result.successes if judged else item.result.returns
+        if item.step == run.switch and values is not None:
+            return _score(float(values.mean()), item.step, judged)
+    return ""
+
+
+def _score(value: float, step: int | None, judged: bool) -> str:
     return f"{value * 100:.1f} % ({step:,})" if judged else f"{number(value)} ({step:,})"
 
 
@@ -244,7 +265,8 @@ def _chart(key: str, groups: Groups) -> str:
     name = key.rpartition("/")[2]
     values = np.concatenate([part for c in drawn for part in (c.y, *(y for _, y in c.thin))])
     percent = any(word in name for word in PERCENT) and values.min() >= 0 and values.max() <= 1
-    return line_chart(key, drawn, percent=percent)
+    switches = {run.switch for runs in groups.values() for run in runs if run.switch is not None}
+    return line_chart(key, drawn, percent=percent, switches=sorted(switches))
 
 
 def _series(run: RunData, key: str) -> Series:

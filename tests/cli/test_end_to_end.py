@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from robopost.artefacts.checkpoint import latest
 from robopost.cli import main
 
-RECIPES = ["debug_offline", "debug_offpolicy", "debug_onpolicy"]
+RECIPES = ["debug_offline", "debug_offline_to_online", "debug_offpolicy", "debug_onpolicy"]
 LIMIT = 20.0  # seconds a debug recipe may take
 
 
@@ -97,17 +97,18 @@ def test_out_is_not_overwritten(runs, capsys):
 def test_resume_equals_one_go(recipe, tmp_path):
     """Half the steps, then `resume=` to all of them: the same weights as one run."""
     whole, part = tmp_path / "whole", tmp_path / "part"
-    steps = {"debug_offline": 40, "debug_offpolicy": 240, "debug_onpolicy": 512}[recipe]
+    steps = {"debug_offline": 40, "debug_offpolicy": 240, "debug_onpolicy": 512}.get(recipe, 120)
+    key = "online_steps" if recipe == "debug_offline_to_online" else "steps"
     words = [
         f"recipe={recipe}",
         "loop.eval_episodes=1",
         f"loop.checkpoint_every={steps // 2}",
         "loop.log_every=20",
     ]
-    assert main(["train", *words, f"steps={steps}", f"out={whole}"]) == 0
-    assert main(["train", *words, f"steps={steps // 2}", f"out={part}"]) == 0
-    assert main(["train", f"resume={part}", f"loop.steps={steps}"]) == 0
-    assert config_of(part)["loop"]["steps"] == steps
+    assert main(["train", *words, f"loop.{key}={steps}", f"out={whole}"]) == 0
+    assert main(["train", *words, f"loop.{key}={steps // 2}", f"out={part}"]) == 0
+    assert main(["train", f"resume={part}", f"loop.{key}={steps}"]) == 0
+    assert config_of(part)["loop"][key] == steps
     a, b = (load_file(latest(run) / "model.safetensors") for run in (whole, part))
     assert a.keys() == b.keys()
     for key in a:

@@ -142,7 +142,7 @@ def test_scripts_are_printed(shell, capsys):
     ("line", "wanted"),
     [
         ("robopost tra", ["train"]),
-        ("robopost train recipe=debug_of", ["debug_offline", "debug_offpolicy"]),
+        ("robopost train recipe=debug_of", ["debug_offline", "debug_offline_to_online", "debug_offpolicy"]),
         ("robopost train algo=sa", ["sac"]),
         ("robopost train al", ["algo="]),
     ],
