@@ -7,12 +7,14 @@ metrics included on both sides. The originals are read at run time from a clone:
 
     git clone https://github.com/corl-team/CORL $ROBOPOST_REFERENCE_DIR/CORL
 
-and imported with empty stand-ins for d4rl, gym, pyrallis and wandb. and imported with empty stand-ins for d4rl, gym, pyrallis and wandb. Before any timing both sides get the same weights,
-batches and noise (the critics' last layers scaled up, so that Q-values differ from 0 and from each other), and all
-losses have to agree to 1e-5 (of max(1, |loss|)): in one update, and in six of float64, because Adam's first steps
-turn the sign of a gradient near 0 into a whole step. For that two things are changed on CORL's side: its policy's
-learned scale and offset of the log-std stay at their start (robopost has none), and its second critic is as deep
-as its first (its `train()` builds it with three layers whatever the config says).
+and imported with empty stand-ins for d4rl, gym, pyrallis and wandb.
+
+Before any timing both sides get the same weights, batches and noise (the critics' last layers scaled up, so that
+Q-values differ from 0 and from each other), and all losses have to agree to 1e-5 (of max(1, |loss|)): in one
+update, and in six of float64, because Adam's first steps turn the sign of a gradient near 0 into a whole step.
+Two things are changed on CORL's side: its policy's learned scale and offset of the log-std stay at their start
+(robopost has none), and its second critic is as deep as its first (its `cql.py` builds it with three layers
+whatever the config says).
 
 Ratios have no target. Where torch's oneDNN kernels are used (robopost/nets/fused.py) a further row is measured
 without them.
@@ -202,7 +204,7 @@ def losses_apart(name, options, data, updates):
 
 def compare(bench, key, name, options, data):
     """One cell: parity, then the interleaved ratio."""
-    count, rounds = bench.scale(smoke=3, small=15, paper=100), bench.scale(smoke=3, small=9, paper=15)
+    count, rounds = bench.scale(smoke=3, small=8, paper=100), bench.scale(smoke=3, small=7, paper=15)
 
     def measure():
         row = parity(name, options, data)
