@@ -88,7 +88,7 @@ def compose_tree(
     root = ROOTS[config_name]
     dirs = search_dirs(config_dirs)
     primary = _register(config_name, root, dirs)
-    words = [word for item in parse(overrides) for word in _expand(item, root, dirs)]
+    words = _without_replaced([_expand(item, root, dirs) for item in parse(overrides)], root)
     choices: dict[str, Override] = {}
     values: list[Override] = []
     for word in words:
@@ -108,6 +108,11 @@ def compose_tree(
         if group in REGISTRIES:
             _type_group(tree, group, choices.get(group))
     for item in values:
+        group = item.key.partition(".")[0]
+        if group in choices and choices[group].value is None:
+            raise ConfigError(
+                f"{item.text} and {choices[group].text} exclude each other. Fix: drop one of them"
+            )
         set_value(tree, item)
     return tree
 
@@ -248,6 +253,19 @@ def _expand(item: Override, root: Root, dirs: Sequence[Path]) -> list[Override]:
     if key == "data" and _looks_like_path(value):
         return [Override("data", "none", item.text), Override("data.path", value, item.text)]
     return [Override(key, value, item.text)]
+
+
+def _without_replaced(expanded: Sequence[list[Override]], root: Root) -> list[Override]:
+    """All words but those of a choice that a later one replaces: of `env=Hopper-v5 env=null` nothing is left."""
+    last = {
+        word.key: index for index, words in enumerate(expanded) for word in words if word.key in root.groups
+    }
+    return [
+        word
+        for index, words in enumerate(expanded)
+        if all(last.get(word.key, index) == index for word in words)
+        for word in words
+    ]
 
 
 def _looks_like_path(value: str) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from robopost.errors import ConfigError
 from robopost.nets import fused
-from robopost.nets.mlp import build_activation
+from robopost.nets.mlp import build_activation, check_sizes
 
 
 class EnsembleLinear(nn.Module):
@@ -71,6 +71,7 @@ class EnsembleMLP(nn.Sequential):
     ) -> None:
         if members < 1:
             raise ConfigError(f"ensemble members={members} must be at least 1")
+        check_sizes(hidden)
         layers: list[nn.Module] = []
         size = in_dim
         for width in hidden:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from robopost.errors import unknown
+from robopost.errors import ConfigError, unknown
 from robopost.nets import fused
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -28,6 +28,12 @@ def build_activation(name: str) -> nn.Module:
     if name not in ACTIVATIONS:
         raise unknown("activation", name, ACTIVATIONS)
     return ACTIVATIONS[name]()
+
+
+def check_sizes(hidden: Sequence[int]) -> None:
+    """Raise ConfigError where a hidden layer has no units: its output would be a constant."""
+    if min(hidden, default=1) < 1:
+        raise ConfigError(f"hidden={list(hidden)}: every layer needs at least 1 unit")
 
 
 class MLP(nn.Sequential):
@@ -56,6 +62,7 @@ class MLP(nn.Sequential):
     ) -> None:
         if init not in INITS:
             raise unknown("init", init, INITS)
+        check_sizes(hidden)
         layers: list[nn.Module] = []
         size = in_dim
         for width in hidden:

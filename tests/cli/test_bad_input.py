@@ -43,6 +43,14 @@ CASES = {
     ),
     "value for a section": (["train", DEBUG, "loop=5"], r"loop=5: loop is a section\. Fix: .*"),
     "out of range": (["train", DEBUG, "loop.steps=0"], r"loop\.steps=0 must be at least 1"),
+    "layer without units": (
+        ["train", DEBUG, "policy=gaussian", "policy.hidden=[64,0]"],
+        r"policy\.hidden=\[64, 0\]: every layer needs at least 1 unit\. Fix: .*",
+    ),
+    "critic's layer without units": (
+        ["train", "algo=td3", "env=Hopper-v5", "algo.hidden=[0]"],
+        r"algo\.hidden=\[0\]: every layer needs at least 1 unit\. Fix: .*",
+    ),
     "negative interval": (["train", DEBUG, "loop.eval_every=-1"], r"loop\.eval_every=-1 must be 0 .*"),
     "unknown algorithm": (
         ["train", "algo=td4"],
@@ -74,6 +82,14 @@ CASES = {
     "key of a piece not chosen": (
         ["train", "algo.lr=3"],
         r"algo\.lr=3: no algo is chosen\. Fix: add algo=<name>",
+    ),
+    "value of what was switched off": (
+        ["train", "algo=td3", "env=Hopper-v5", "env.num_envs=4", "env=null"],
+        r"env\.num_envs=4 and env=null exclude each other\. Fix: drop one of them",
+    ),
+    "switched off after all": (
+        ["train", "algo=td3", "env=Hopper-v5", "env=null"],
+        r".*env is empty\. Fix: env=<name>",
     ),
     "no algorithm": (["train", "policy=flow"], r"algo is not chosen\. Fix: .*"),
     "no policy": (["train", "algo=bc", "policy=null"], r"policy is not chosen\. Fix: .*"),

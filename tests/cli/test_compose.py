@@ -64,7 +64,8 @@ def test_every_shipped_file_says_what_it_is():
 
 
 def test_every_loop_has_a_debug_recipe():
-    assert {"debug_offline", "debug_offpolicy", "debug_onpolicy"} <= set(options("recipe"))
+    debug = {"debug_offline", "debug_offline_to_online", "debug_offpolicy", "debug_onpolicy"}
+    assert debug <= set(options("recipe"))
 
 
 def test_defaults_are_the_schema():
@@ -84,6 +85,21 @@ def test_values_reach_the_dataclasses():
 def test_the_last_word_wins():
     assert compose(["seed=1", "seed=2", "env=hopper", "env=arm_push"]).env.name == "arm_push"
     assert compose(["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize("last", ["null", "arm_push", "Walker2d-v5"])
+def test_the_last_choice_wins_over_an_id(last):
+    """`env=Hopper-v5` sets env.id as well, which must not outlive it."""
+    env = compose(["env=Hopper-v5", f"env={last}"]).env
+    expected = {"null": None, "arm_push": "arm_push", "Walker2d-v5": "gymnasium"}[last]
+    assert (env and env.name) == expected
+    assert getattr(env, "id", "Walker2d-v5") == "Walker2d-v5"
+
+
+def test_the_last_choice_wins_over_a_path():
+    assert compose(["policy=runs/x/actor.npz", "policy=gaussian"]).policy.name == "gaussian"
+    assert compose(["data=demos.hdf5", "data=none"]).data.path == ""
+    assert compose(["data=demos.hdf5", "data=none", "data=other.zarr"]).data.path == "other.zarr"
 
 
 def test_interpolation():

@@ -7,6 +7,7 @@ from torch import nn
 
 from robopost.errors import ConfigError
 from robopost.nets.ensemble import EnsembleMLP
+from robopost.nets.mlp import MLP
 
 
 def members_of(net: EnsembleMLP, layernorm: bool) -> list[nn.Sequential]:
@@ -66,6 +67,14 @@ def test_members_differ_and_start_like_torch_linear():
     for weight in (first, second):
         assert weight.abs().max() <= 1 / math.sqrt(100)
         assert weight.std().item() == pytest.approx(0.1 / math.sqrt(3), rel=0.02)  # std of U(-0.1, 0.1)
+
+
+@pytest.mark.parametrize("build", [MLP, lambda *sizes: EnsembleMLP(2, *sizes)])
+def test_layers_without_units_are_refused(build):
+    for hidden in ([0], [8, 0], [-3]):
+        with pytest.raises(ConfigError, match=r"hidden=\[.*at least 1 unit"):
+            build(3, hidden, 1)
+    assert build(3, [], 1)(torch.zeros(5, 3)).shape[-2:] == (5, 1)
 
 
 def test_no_members_is_refused():
