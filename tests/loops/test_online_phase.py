@@ -256,3 +256,19 @@ def test_captured_graphs_are_dropped_at_the_switch():
     again = Toy(None, None, None, device=torch.device("cpu"), generator=generator)
     again.load_state_dict(algo.state_dict())
     assert again.online
+
+
+@pytest.mark.parametrize("together", ["on", "off"])
+def test_every_seed_goes_online(together, stores, tmp_path):
+    """Also after offline updates of all seeds at once, and also resumed."""
+    base = [*words("td3_bc", stores), "seeds=2", f"accel.stack_seeds={together}"]
+    folder = run(base, tmp_path / "run", online=4)
+    resume(base, folder)
+    for seed in (0, 1):
+        one = folder / f"seed_{seed}"
+        assert latest(one).name == f"step_{STEPS + ONLINE:09d}"
+        logged = [line["step"] for line in metrics(one) if "data/online_fraction" in line]
+        assert logged == [16, 20, 24, 28]
+    if together == "off":
+        run([*base[: base.index("seeds=2")], "seed=1"], tmp_path / "alone")
+        assert_same_run(folder / "seed_1", tmp_path / "alone")

@@ -35,10 +35,11 @@ class ReBRACConfig(TD3CoreConfig):
     critic_layernorm: bool = True  # after each activation
     actor_bc_coef: float = 0.01  # beta_1: cloning penalty of the actor, summed over action dimensions
     critic_bc_coef: float = 0.01  # beta_2: cloning penalty in the critics' target
+    exploration_noise: float = 0.1  # std, normalised action units; in the online phase
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("actor_bc_coef", "critic_bc_coef"):
+        for name in ("actor_bc_coef", "critic_bc_coef", "exploration_noise"):
             if not getattr(self, name) >= 0:
                 raise ConfigError(f"algo.{name}={getattr(self, name)} must be 0 or more")
 
@@ -78,6 +79,7 @@ class ReBRAC(TD3):
 
     registry_name = "rebrac"
     regime = "offline"
+    can_go_online = True
 
     @property
     def needs(self) -> Needs:
