@@ -17,9 +17,11 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from robopost.data.batch import Spec
 from robopost.data.episode import Episode, KeySpec
+from robopost.data.files import DurableStore
 from robopost.data.stats import Running, moments, stats_shape
 from robopost.errors import DataError
 
+FORMAT_VERSION = 1
 CHUNK_BYTES = 256 << 10  # one compressed unit
 SHARD_BYTES = 16 << 20  # one file
 
@@ -76,6 +78,29 @@ def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: st
     )
 
 
+def create_group(
+    path: Path, spec: Spec, *, fps: float, source: str, extras: dict[str, KeySpec], metadata: dict[str, Any]
+) -> None:
+    """Write a store without episodes."""
+    path.mkdir(parents=True, exist_ok=True)
+    group = zarr.open_group(DurableStore(path), mode="w")
+    data, meta = group.create_group("data"), group.create_group("meta")
+    for name, (shape, dtype) in data_arrays(spec, extras).items():
+        create_array(data, name, shape, dtype)
+    for name, (shape, dtype) in meta_arrays(spec).items():
+        create_array(meta, name, shape, dtype)
+    meta.attrs["commit"] = empty_commit(spec, fps)
+    # Last: a folder without it is no store.
+    group.attrs["robopost"] = {
+        "format": FORMAT_VERSION,
+        "spec": spec_to_json(spec),
+        "fps": fps,
+        "source": source,
+        "extras": {key: [list(shape), dtype] for key, (shape, dtype) in extras.items()},
+        "metadata": metadata,
+    }
+
+
 def _row_bytes(shape: tuple[int, ...], dtype: str) -> int:
     return max(int(math.prod(shape)) * np.dtype(dtype).itemsize, 1)
 
@@ -115,6 +140,19 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(data.get("attributes", {}), dict):
         raise DataError(f"{path}: the {what} is torn (no attributes). Fix: restore it from a copy")
     return data.get("attributes", {})
+
+
+def read_header(path: Path) -> dict[str, Any]:
+    """What `create_group` wrote about the store at `path`; no store, or of another version, raises DataError."""
+    header = read_json(path / "zarr.json", "header").get("robopost")
+    if header is None:
+        raise DataError(f"{path} is a zarr group but no robopost store. Fix: robopost data import {path}")
+    if header.get("format") != FORMAT_VERSION:
+        raise DataError(
+            f"{path} has store format {header.get('format')!r}, this version reads {FORMAT_VERSION}. "
+            "Fix: export it with the version that wrote it, or upgrade robopost"
+        )
+    return header
 
 
 def acquire_lock(path: Path) -> BinaryIO:

@@ -34,29 +34,27 @@ from robopost.data.batch import Spec
 from robopost.data.episode import Arrays, Episode, KeySpec, Problem, conform
 from robopost.data.files import PARTIAL, DurableStore, disk_errors
 from robopost.data.layout import (
+    FORMAT_VERSION,
     acquire_lock,
     chain_id,
     count_episode,
-    create_array,
+    create_group,
     data_arrays,
     digest,
-    empty_commit,
     episode_blocks,
     episode_json,
     is_store,
     meta_arrays,
+    read_header,
     read_json,
     shard_files,
     shard_rows,
     spec_from_json,
-    spec_to_json,
 )
 from robopost.data.stats import Running
 from robopost.errors import DataError
 
 __all__ = ["FORMAT_VERSION", "Episode", "EpisodeStore", "Problem", "is_store"]
-
-FORMAT_VERSION = 1
 
 
 class EpisodeStore:
@@ -74,14 +72,7 @@ class EpisodeStore:
         """Use `open` or `create`."""
         self.path = path
         self.mode = mode
-        header = read_json(path / "zarr.json", "header").get("robopost")
-        if header is None:
-            raise DataError(f"{path} is a zarr group but no robopost store. Fix: robopost data import {path}")
-        if header.get("format") != FORMAT_VERSION:
-            raise DataError(
-                f"{path} has store format {header.get('format')!r}, this version reads {FORMAT_VERSION}. "
-                "Fix: export it with the version that wrote it, or upgrade robopost"
-            )
+        header = read_header(path)
         self.spec = spec_from_json(header["spec"])
         self.fps = float(header["fps"])
         self.source = str(header["source"])
@@ -143,24 +134,10 @@ class EpisodeStore:
                 )
             acquire_lock(path).close()
             shutil.rmtree(path)
-        header = {
-            "format": FORMAT_VERSION,
-            "spec": spec_to_json(spec),
-            "fps": float(fps),
-            "source": source,
-            "extras": {key: [list(shape), dtype] for key, (shape, dtype) in (extras or {}).items()},
-            "metadata": metadata or {},
-        }
         with disk_errors(f"can't create {path}"):
-            path.mkdir(parents=True, exist_ok=True)
-            group = zarr.open_group(DurableStore(path), mode="w")
-            data, meta = group.create_group("data"), group.create_group("meta")
-            for name, (shape, dtype) in data_arrays(spec, extras or {}).items():
-                create_array(data, name, shape, dtype)
-            for name, (shape, dtype) in meta_arrays(spec).items():
-                create_array(meta, name, shape, dtype)
-            meta.attrs["commit"] = empty_commit(spec, float(fps))
-            group.attrs["robopost"] = header  # last: a folder without it is no store
+            create_group(
+                path, spec, fps=float(fps), source=source, extras=extras or {}, metadata=metadata or {}
+            )
         store = cls(path, "a")
         store.buffer_steps = buffer_steps
         return store
