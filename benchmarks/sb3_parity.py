@@ -26,7 +26,7 @@ import torch
 from robopost.artefacts.checkpoint import load_policy
 from robopost.bench import Bench
 from robopost.compose import compose
-from robopost.errors import require
+from robopost.errors import MissingExtraError
 from robopost.evaluate.rollout import evaluate
 from robopost.loops import train
 
@@ -64,7 +64,12 @@ def ours(algo, task, seed, steps, episodes):
 
 def theirs(algo, task, seed, steps, episodes):
     """Train stable-baselines3 with its defaults and evaluate on the same start states."""
-    library = require("stable_baselines3", "dev")
+    try:
+        import stable_baselines3 as library
+    except ImportError as error:
+        raise MissingExtraError(
+            "stable_baselines3 is not installed. Fix: pip install stable-baselines3"
+        ) from error
     env = gym.make(task)
     model = getattr(library, algo.upper())("MlpPolicy", env, seed=seed, device="cpu")
     began = time.perf_counter()
