@@ -9,6 +9,9 @@ plain Python.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -24,7 +27,7 @@ WARMUP_CALLS = 3
 
 
 def configure(config: AccelConfig) -> None:
-    """Process-wide settings: CPU threads, and denormal numbers flushed to zero.
+    """Process-wide settings: CPU threads, denormal numbers flushed to zero, and freed memory kept.
 
     Adam's moments of a dead ReLU decay into denormals, on which CPUs are about a hundred times slower.
     """
@@ -35,6 +38,23 @@ def configure(config: AccelConfig) -> None:
     if config.threads:
         torch.set_num_threads(config.threads)
     torch.set_flush_denormal(True)
+    keep_memory()
+
+
+def keep_memory() -> bool:
+    """Let the C library keep up to 256 MB of freed memory; True where it could be told (glibc).
+
+    Every update allocates its activations anew. Above a megabyte or so glibc would hand them back to the system
+    each time and pay for fresh, zeroed pages at the next: a quarter of an update of eight stacked seeds. The usual
+    environment variables keep their say.
+    """
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    trim, largest = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
+    return bool(mallopt(trim, 256 << 20) and mallopt(largest, 32 << 20))
 
 
 def resolve(mode: str, device: torch.device) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robopost.accel import CudaGraph, accelerate, configure, leaves, map_tensors, resolve
+from robopost.accel import CudaGraph, accelerate, configure, keep_memory, leaves, map_tensors, resolve
 from robopost.config import AccelConfig
 from robopost.errors import ConfigError, DataError
 
@@ -28,6 +28,15 @@ def test_auto_is_eager_on_cpu_and_graphs_on_cuda():
         configure(AccelConfig(threads=-1))
     fn = lambda: {}  # noqa: E731
     assert accelerate(fn, "auto", device=CPU) is fn
+
+
+def test_memory_settings_of_the_user_come_first(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000")
+    assert not keep_memory()
+    monkeypatch.delenv("MALLOC_TRIM_THRESHOLD_")
+    assert keep_memory() in (True, False)
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not keep_memory()
 
 
 def test_inputs_have_readable_names():

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`Stack`: N seeds of an algorithm updated as one, by running its ordinary update under `torch.vmap`.
+"""`Stack`: N seeds of an algorithm updated as one, by running its ordinary update under `vectorise`.
 
 No algorithm knows about seeds. `Stack` finds an algorithm's state by type, as checkpoints do, lays the N copies
 of every tensor out as one (N, ...), and puts each seed's slice where the algorithm expects its own: parameters
 and buffers into its modules, `StackedFlat` in place of `Flat`, one optimiser over the memory of all seeds. What
-leaves vmap and how noise stays each seed's own is in `robopost/nets/seeds.py`.
+must see all seeds at once, and how noise stays each seed's own, is in `robopost/nets/seeds.py`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from robopost.data.batch import Batch
 from robopost.errors import ConfigError
 from robopost.nets import fused
 from robopost.nets.flat import Flat
-from robopost.nets.seeds import SeedNoise, StackedFlat, escape
+from robopost.nets.seeds import SeedNoise, StackedFlat
+from robopost.nets.vectorise import escape, vectorise
 
 # Elementwise: one step over the memory of all seeds is every seed's own.
 OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-# Layers whose random numbers, running statistics or kernels vmap doesn't carry over to several seeds.
+# Layers whose random numbers, running statistics or kernels torch.vmap doesn't carry over to several seeds.
 UNSTACKABLE = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.conv._ConvNd,
@@ -225,23 +226,19 @@ class Stack:
             setattr(template, name, _outside(fast))
 
     def _run(self, fn: Callable[..., Metrics], args: tuple[Any, ...]) -> Metrics:
-        """`fn` under vmap over the seeds; every tensor in `args` is (N, ...)."""
+        """`fn` once for all seeds; every tensor in `args` is (N, ...)."""
         given = leaves(args)
-        names, keys = list(given), []
 
-        def one(states: list[Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-            mine = dict(zip(names, inputs, strict=True))
+        def one(states: Sequence[Tensor], inputs: Sequence[Tensor]) -> Metrics:
+            mine = dict(zip(given, inputs, strict=True))
             with self._placed(states):
-                metrics = fn(*map_tensors(args, lambda name, _: mine[name]))
-            keys[:] = metrics
-            return tuple(metrics.values())
+                return fn(*map_tensors(args, lambda name, _: mine[name]))
 
-        values = torch.vmap(one, randomness="error")(self._leaves, *given.values())
-        return dict(zip(keys, values, strict=True))
+        return vectorise(one, self._leaves, list(given.values()))
 
     @contextmanager
-    def _placed(self, states: list[Tensor]) -> Iterator[None]:
-        """Put the slices of this vmap where the algorithm looks for its tensors."""
+    def _placed(self, states: Sequence[Tensor]) -> Iterator[None]:
+        """Put the slices of `vectorise` where the algorithm looks for its tensors."""
         before = [holder[name] for holder, name, _ in self._slots]
         anchor, within = self._noise.anchor, self._within
         for holder, name, index in self._slots:
@@ -260,7 +257,7 @@ class Stack:
 
 
 def _outside(step: Callable[..., Metrics]) -> Callable[..., Metrics]:
-    """A step of whole (N, ...) tensors, called from inside vmap."""
+    """A step of whole (N, ...) tensors, called from inside `vectorise`."""
 
     def call(*args: Any) -> Metrics:
         given, keys = leaves(args), []

@@ -7,7 +7,7 @@ torch offers those kernels only to its own compiler (`torch.ops.mkldnn._linear_p
 checked against plain torch before first use and left alone where they are missing or disagree. Everywhere
 else, and on a GPU, networks run as written.
 
-Under `stacked`, where `torch.vmap` runs over seeds, every ReLU perceptron takes a second path, on any device:
+Under `stacked`, where `vectorise` runs over seeds, every ReLU perceptron takes a second path, on any device:
 one batched product per layer for all seeds (and all members of an ensemble), instead of the four operations
 that vmap would make of it, each with its own overhead and memory.
 
@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from robopost.nets.seeds import escape
+from robopost.nets.vectorise import escape
 
 MIN_WORK = 1 << 21  # multiply-adds of the largest layer below which call overhead dominates
 ROW_STEP = 32  # granularity of the rows a backward pass is restricted to
@@ -41,7 +41,7 @@ def force(enabled: bool | None) -> None:
 
 @contextmanager
 def stacked() -> Iterator[None]:
-    """Within this context `torch.vmap` runs over seeds."""
+    """Within this context `vectorise` runs over seeds."""
     global _stacked
     before, _stacked = _stacked, True
     try:

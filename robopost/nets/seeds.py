@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several seeds of one network at once: what code that was written for one seed needs to run under `torch.vmap`.
+"""Several seeds of one network at once: what code that was written for one seed needs to run under `vectorise`.
 
-Under `torch.vmap` over a leading seed dimension N, every network call of an algorithm becomes one batched
-operation. Three things must see all seeds at once, and leave vmap through `escape`:
+Under `vectorise` over a leading seed dimension N, every operation of an algorithm becomes one batched operation.
+Three things must see all seeds at once, and leave it through `escape`:
 
 - gradients: seeds are independent, so the gradient of the sum of their losses holds each seed's own;
 - optimisers and Polyak steps: elementwise, so one over the memory of all seeds is exact;
@@ -19,42 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from robopost.nets.flat import Flat
-
-Whole = Callable[..., Tensor | tuple[Tensor, ...]]
-
-
-class _Escape(torch.autograd.Function):
-    """Calls a function with the stacked tensors behind its arguments, see `escape`."""
-
-    @staticmethod
-    def forward(fn: Whole, *tensors: Tensor) -> Any:
-        raise RuntimeError("escape: no argument has a seed dimension")
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        """Required beside `vmap`; never reached."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], fn: Whole, *tensors: Tensor) -> Any:
-        """The rule that torch.vmap calls in place of `forward`: below it, tensors are plain again."""
-        size = info.batch_size
-        whole = [
-            tensor.unsqueeze(0).expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-            for dim, tensor in zip(in_dims[1:], tensors, strict=True)
-        ]
-        out = fn(*whole)
-        return out, (0,) * len(out) if isinstance(out, tuple) else 0
-
-
-def escape(fn: Whole, *tensors: Tensor) -> Any:
-    """Inside `torch.vmap`: call `fn` outside of it with `tensors` (N, ...) of all seeds.
-
-    Args:
-        fn: returns one tensor or a tuple of them, each (N, ...): the slices are this call's result. Gradients
-            flow through it.
-        tensors: at least one with a seed dimension.
-    """
-    return _Escape.apply(fn, *tensors)
+from robopost.nets.vectorise import escape
 
 
 class StackedFlat:
@@ -81,7 +46,7 @@ class StackedFlat:
             leaf = nn.Parameter(part.new_empty(0), requires_grad=p.requires_grad)
             leaf.data = part
             self.leaves.append(leaf)
-        self._anchor: Tensor | None = None  # lets `clip` back into vmap
+        self._anchor: Tensor | None = None  # lets `clip` back in
 
     @property
     def grad(self) -> Tensor:
@@ -100,7 +65,7 @@ class StackedFlat:
         return torch.cat([block[seed].reshape(-1) for block in self._blocks(vector)])
 
     def backward(self, loss: Tensor) -> None:
-        """Write every seed's own gradient into `grad`; `loss` is a scalar inside vmap, (N,) in truth."""
+        """Write every seed's own gradient into `grad`; `loss` is a scalar in here, (N,) in truth."""
         self._anchor = escape(self._backward, loss)
 
     def clip(self, max_norm: float) -> Tensor:
@@ -141,14 +106,14 @@ class StackedFlat:
 
 
 class SeedNoise(TorchFunctionMode):
-    """Within this mode, inside vmap, a draw from the first of `generators` is one from each, stacked.
+    """Within this mode, inside `vectorise`, a draw from the first of `generators` is one from each, stacked.
 
     Covers the functions that return what they draw (`torch.randn`, `rand`, `randint`, `randperm`, `bernoulli`,
     `normal`, `multinomial`) with `generator=` as a keyword. A draw from any other source, torch's global stream
     included, is refused by vmap: seeds must not share noise.
 
     Attributes:
-        anchor: a tensor of the running vmap, through which draws get in.
+        anchor: a tensor of the running `vectorise`, through which draws get in.
     """
 
     def __init__(self, generators: Sequence[torch.Generator]) -> None:
@@ -173,5 +138,5 @@ class SeedNoise(TorchFunctionMode):
                 rows.append(func(*mine, **{**kwargs, "generator": generator}))
             return torch.stack(rows)
 
-        assert self.anchor is not None, "SeedNoise works inside vmap"
+        assert self.anchor is not None, "SeedNoise works inside vectorise"
         return escape(draw, self.anchor, *tensors)
