@@ -80,7 +80,8 @@ def accelerate(
     """Wrap a step function.
 
     Args:
-        fn: takes tensors, dicts of tensors, `Batch`es or None, and returns a dict of scalar tensors.
+        fn: takes tensors, dicts of tensors, `Batch`es or None, and returns a dict of
+            tensors of one shape: scalars, or (N,) for N stacked seeds.
         mode: one of `MODES`.
         device: where `fn` runs.
         generators: random generators that `fn` draws from; a captured graph advances them as eager code
@@ -159,7 +160,7 @@ class CudaGraph:
         with torch.cuda.graph(graph):
             out = self._fn(*self._static)
             self._keys = list(out)
-            self._packed = torch.stack([out[key].detach().float().reshape(()) for key in self._keys])
+            self._packed = torch.stack([out[key].detach().float().squeeze() for key in self._keys])
         self._graph = graph
 
     def _copy_in(self, args: tuple[Any, ...]) -> None:

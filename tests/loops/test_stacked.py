@@ -10,13 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from robopost.accel import CudaGraph
+from robopost.accel import CudaGraph, leaves
+from robopost.algos import stack as stack_module
 from robopost.algos.stack import Stack, obstacle
 from robopost.artefacts.checkpoint import latest, load_json, load_policy, load_tensors
 from robopost.cli import main
 from robopost.compose import compose
+from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError, RobopostError
 from robopost.loops import train
+from robopost.loops.offline import batch_at
 from robopost.loops.run import Run
 from robopost.registry import ALGOS
 
@@ -237,11 +240,48 @@ def test_auto_says_why_it_goes_one_after_another(store, tmp_path, caplog):
         train(compose([*base, f"out={tmp_path / 'typo'}", "accel.stack_seeds=atuo"]))
 
 
+@pytest.mark.parametrize("algo", OFFLINE)
+def test_captured_steps_get_whole_tensors(algo, store, monkeypatch):
+    """The way through a CUDA graph, with an eager stand-in for the graph."""
+    algos, dataset = built(algo, store)
+    plain = Stack(algos)
+    calls = []
+
+    def fake(fn, mode, *, device, generators):
+        assert mode == "cudagraph"
+        assert len(generators) == N
+
+        def replay(*args):
+            calls.append([tensor.shape[0] for tensor in leaves(args).values()])
+            out = fn(*args)
+            packed = torch.stack([value.detach().float().squeeze() for value in out.values()])
+            return dict(zip(out, packed.clone().unbind(), strict=True))
+
+        return replay
+
+    monkeypatch.setattr(stack_module, "resolve", lambda mode, device: mode)
+    monkeypatch.setattr(stack_module, "accelerate", fake)
+    others, _ = built(algo, store)
+    captured = Stack(others, "cudagraph")
+    g = torch.Generator().manual_seed(0)
+    for _ in range(4):
+        draws = dataset.draw(N * 8, g, chunks=algos[0].needs.chunks)
+        batch = batch_at(dataset, algos[0], draws).map(lambda tensor: tensor.unflatten(0, (N, -1)))
+        one, two = plain.update(batch), captured.update(batch)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one)
+    assert len(calls) >= 4
+    assert all(size == N for sizes in calls for size in sizes)
+    plain.store()
+    captured.store()
+    for a, b in zip(algos, others, strict=True):
+        assert a.state_dict()["json"] == b.state_dict()["json"]
+        assert_close(a.state_dict()["tensors"], b.state_dict()["tensors"])
+
+
 def built(algo, store, *more, mode="eager"):
     """An algorithm of every seed, as `train` builds them, and batches as it draws them."""
     config = compose(words(algo, store, *more))
-    from robopost.data.dataset import Dataset
-
     dataset = Dataset.load(config.data, device="cuda" if mode != "eager" else "cpu")
     runs = [Run(compose([*words(algo, store, *more), f"seed={seed}"]), Path("none")) for seed in range(N)]
     algos = [run.build(dataset.spec, dataset.stats, dataset.dataset_id) for run in runs]
