@@ -311,12 +311,14 @@ def test_toy_with_a_good_and_a_bad_mode(lab):
     data = Batch(
         {"state": state}, action, good.float(), {"state": state}, done, torch.zeros_like(done), 0.0 * good
     )
-    algo = lab.make("a2pr", spec=spec, mask=1.0, hidden=[64, 64], vae_hidden=[64, 64])
+    options = {"mask": 1.0, "hidden": [64] * 4, "vae_hidden": [64, 64], "value_lr": 1e-3}
+    options |= {"actor_lr": 1e-3, "critic_lr": 1e-3, "policy_options": {"hidden": [64] * 3}}
+    algo = lab.make("a2pr", spec=spec, **options)
     vae_share = []
-    for step in range(1, 1501):
+    for step in range(1, 1201):
         pick = torch.randint(rows, (128,), generator=g)
         algo.update(data.map(lambda tensor, pick=pick: tensor[pick]))
-        if step >= 500 and step % 100 == 0:
+        if step >= 200 and step % 200 == 0:
             with torch.no_grad():
                 latent = torch.randn(rows, algo.latent, generator=g)
                 decoded = algo.vae.decode({"state": state}, latent)
