@@ -16,7 +16,7 @@ GROUPS = {
     "collect": ("env",),
 }
 KEYS = {
-    "train": ("seed=", "seeds=", "steps=", "device=", "out=", "resume=", "loop.steps="),
+    "train": ("seed=", "seeds=", "steps=", "device=", "out=", "resume=", "loop.steps=", "loop.online_steps="),
     "eval": ("policy=", "episodes=", "seed=", "num_envs=", "deterministic=", "video=", "out=", "device="),
     "collect": ("policy=", "episodes=", "seed=", "num_envs=", "quality=", "noise=", "out=", "device="),
     "data": ("info", "verify", "import", "export"),
