@@ -29,6 +29,7 @@ with contextlib.suppress(ImportError, AttributeError):  # another version of tor
 
 Whole = Callable[..., Tensor | tuple[Tensor, ...]]
 _override: bool | None = None
+_running = 0  # calls of `vectorise` around the present one
 
 
 def force(direct: bool | None) -> None:
@@ -47,7 +48,12 @@ def vectorise(fn: Callable[..., dict[str, Tensor]], *groups: Sequence[Tensor]) -
     Returns:
         What `fn` returns, each tensor with a leading N.
     """
-    return _direct_vectorise(fn, groups) if _direct() else _plain_vectorise(fn, groups)
+    global _running
+    _running += 1
+    try:
+        return _direct_vectorise(fn, groups) if _direct() else _plain_vectorise(fn, groups)
+    finally:
+        _running -= 1
 
 
 def escape(fn: Whole, *tensors: Tensor) -> Any:
@@ -59,6 +65,24 @@ def escape(fn: Whole, *tensors: Tensor) -> Any:
         tensors: at least one that differs between slices.
     """
     return _direct_escape(fn, tensors) if _direct() else _Escape.apply(fn, *tensors)
+
+
+def by_rows(fn: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`fn` of rows, called once on the rows of all slices; outside of `vectorise` just `fn(*tensors)`.
+
+    For what torch.vmap can't see through, e.g. a search in an index.
+
+    Args:
+        fn: (B, ...) tensors to one (B, ...), row by row.
+        tensors: (B, ...) each, at least one of which differs between slices.
+    """
+    if not _running:
+        return fn(*tensors)
+
+    def whole(*parts: Tensor) -> Tensor:
+        return fn(*(part.flatten(0, 1) for part in parts)).unflatten(0, parts[0].shape[:2])
+
+    return escape(whole, *tensors)
 
 
 def _direct() -> bool:

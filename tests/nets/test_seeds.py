@@ -10,7 +10,7 @@ from robopost.nets.ensemble import EnsembleMLP
 from robopost.nets.flat import Flat, adam
 from robopost.nets.mlp import MLP
 from robopost.nets.seeds import SeedNoise, StackedFlat
-from robopost.nets.vectorise import available, escape, force, vectorise
+from robopost.nets.vectorise import available, by_rows, escape, force, vectorise
 
 N = 3
 
@@ -60,6 +60,21 @@ def test_escape_sees_all_slices_and_gradients_flow_through_it():
     assert torch.equal(out["index"], torch.arange(3.0))
     grad = torch.autograd.grad(out["sum"].sum(), w)[0]
     assert torch.allclose(grad, w.detach().sum().expand(N, 2))
+
+
+@pytest.mark.usefixtures("way")
+def test_a_function_of_rows_is_called_once_for_all_slices():
+    table, calls = torch.arange(20.0).view(10, 2), []
+
+    def lookup(index, shift):
+        calls.append(index.shape)
+        return table[index.tolist()] + shift  # nothing vmap could see through
+
+    index, shift = torch.arange(N * 3).view(N, 3), torch.rand(N, 3, 2)
+    out = vectorise(lambda a, b: {"rows": by_rows(lookup, a[0], b[0]).sum(-1)}, [index], [shift])
+    assert calls == [(N * 3,)]
+    assert torch.equal(out["rows"], (table[index] + shift).sum(-1))
+    assert torch.equal(by_rows(lookup, index[0], shift[0]), table[index[0]] + shift[0])
 
 
 def nets():
