@@ -112,7 +112,8 @@ class Family(Gaussian):
 
     def uniform_coefficient(self, rows: int, generator: torch.Generator | None) -> Tensor:
         """Coefficients from U(lo, hi): (rows,)."""
-        return self.rescale(torch.rand(rows, generator=generator, device=self.device) * 2 - 1)
+        low, high = self.config.coefficient_low, self.config.coefficient_high
+        return low + (high - low) * torch.rand(rows, generator=generator, device=self.device)
 
     def distribution(self, obs: Obs, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Mean and log-std (B, H, A) of the member that acts."""

@@ -129,21 +129,20 @@ class FamO2OIQL(IQL):
         family, cfg = self.policy, self.config
         features = family.features(batch.obs)
         fixed = features.detach()
-        mean, log_std = family.balance(fixed)
-        # Before the step that changes pi_b, which supplies the coefficients of the online phase.
-        coefficient = self.draw_coefficient(fixed, (mean.detach(), log_std.detach()))
+        # All noise first, and c before the step that changes pi_b, its source in the online phase.
+        coefficient = self.draw_coefficient(fixed)
+        noise, action_noise = self._noise(batch.reward), self._noise(batch.action)
 
-        squashed, log_prob = draw_squashed(mean, log_std, self._noise(mean))
+        squashed, log_prob = draw_squashed(*family.balance(fixed), noise)
         chosen = family.rescale(squashed)
-        action, _ = family.draw(
-            *family.member(fixed, chosen, frozen=True), self._noise(batch.action)[:, None]
-        )
+        action, _ = family.draw(*family.member(fixed, chosen, frozen=True), action_noise[:, None])
         q = self.critic_target.frozen(batch.obs, action[:, 0])
-        temperature = self.temperature()
-        loss = balance_loss(log_prob, q, temperature.detach())
+        loss = balance_loss(log_prob, q, self.temperature().detach())
         entropy = -log_prob.detach().mean()
-        temperature_loss = balance_temperature_loss(temperature, entropy, cfg.target_entropy)
         self._balance_flat.backward(loss)
+        # A graph of its own: a compiled one can't be walked twice.
+        temperature = self.temperature()
+        temperature_loss = balance_temperature_loss(temperature, entropy, cfg.target_entropy)
         self._temperature_flat.backward(temperature_loss)
         self.balance_optimizer.step()
         self.temperature_optimizer.step()
@@ -161,18 +160,17 @@ class FamO2OIQL(IQL):
         features = self.policy.features(batch.obs)
         return self._clone(batch, features, self.draw_coefficient(features.detach()), advantage)
 
-    def draw_coefficient(self, features: Tensor, balance: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def draw_coefficient(self, features: Tensor) -> Tensor:
         """Coefficients (B,) pi_u is trained at: U(lo, hi) in the offline phase, samples of pi_b online; no gradient.
 
         Args:
             features: (B, D).
-            balance: mean and log-std of pi_b there, where they are known.
         """
         if not self.online:
             return self.policy.uniform_coefficient(len(features), self.generator)
+        noise = self._noise(features[:, 0])
         with torch.no_grad():
-            mean, log_std = self.policy.balance(features) if balance is None else balance
-            return self.policy.rescale(draw_squashed(mean, log_std, self._noise(mean))[0])
+            return self.policy.rescale(draw_squashed(*self.policy.balance(features), noise)[0])
 
     def _clone(self, batch: Batch, features: Tensor, coefficient: Tensor, advantage: Tensor) -> Metrics:
         """IQL's policy update with beta = c, of the member with the same c."""
