@@ -178,7 +178,7 @@ class _Perceptron(torch.autograd.Function):
             if ctx.needs_input_grad[1 + 2 * layer]:
                 if stacked:
                     parts = [_dense(h.t(), g.t()) for h, g in zip(inputs, flow, strict=True)]
-                    grads[2 * layer] = torch.stack(parts)
+                    grads[2 * layer] = torch.stack(parts) if members > 1 else parts[0].unsqueeze(0)
                 else:
                     grads[2 * layer] = _dense(flow[0].t(), inputs[0].t())
             if ctx.needs_input_grad[2 + 2 * layer]:

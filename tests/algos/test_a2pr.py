@@ -209,7 +209,7 @@ def test_kl_by_hand_and_at_the_clamp_s_ends():
     for sign in (-1.0, 1.0):
         vae = ActionVAE(spec, ["state"], [8], 2)
         with torch.no_grad():
-            vae.encoder[-1].bias.copy_(torch.tensor([0.0, 0.0, sign * 1e4, sign * 1e4]))
+            vae.encoder[2].bias.copy_(torch.tensor([[0.0, 0.0, sign * 1e4, sign * 1e4]]))
         decoded, mean, log_std = vae({"state": torch.ones(5, 3)}, torch.zeros(5, 1), torch.randn(5, 2))
         assert torch.equal(log_std, torch.full((5, 2), -4.0 if sign < 0 else 15.0))
         loss = kl_divergence(mean, log_std) + decoded.square().mean()
@@ -231,7 +231,7 @@ def test_twenty_updates_agree_with_the_formulas(lab):
     algo = lab.make("a2pr", mask=0.4, vae_weight=1.5)
     actor, value = lab.plain_layers(algo.policy.net), lab.plain_layers(algo.value.net)
     critics = [lab.plain_layers(algo.critic.net, member) for member in range(2)]
-    encoder, decoder = lab.plain_layers(algo.vae.encoder), lab.plain_layers(algo.vae.decoder)
+    encoder, decoder = lab.plain_layers(algo.vae.encoder, 0), lab.plain_layers(algo.vae.decoder, 0)
     targets = copy.deepcopy([actor, *critics])
     opts = [torch.optim.Adam(net.parameters(), lr=3e-4) for net in (actor, *critics, value)]
     vae_opt = torch.optim.Adam([*encoder.parameters(), *decoder.parameters()])
@@ -292,8 +292,8 @@ def test_twenty_updates_agree_with_the_formulas(lab):
     lab.assert_same_net(algo.policy.net, actor)
     lab.assert_same_net(algo.policy_target.net, targets[0])
     lab.assert_same_net(algo.value.net, value)
-    lab.assert_same_net(algo.vae.encoder, encoder)
-    lab.assert_same_net(algo.vae.decoder, decoder)
+    lab.assert_same_net(algo.vae.encoder, encoder, 0)
+    lab.assert_same_net(algo.vae.decoder, decoder, 0)
     for member in range(2):
         lab.assert_same_net(algo.critic.net, critics[member], member)
         lab.assert_same_net(algo.critic_target.net, targets[1 + member], member)
