@@ -49,10 +49,19 @@ class FamilyConfig(GaussianConfig):
             raise ConfigError(f"policy.encoding_base={self.encoding_base} must be above 1")
 
 
-def encode(coefficient: Tensor, dim: int = 6, base: float = 10_000.0) -> Tensor:
-    """Sinusoids e(c) = [sin(c / n^(2i/d)), cos(c / n^(2i/d))], interleaved: (...) to (..., dim)."""
-    index = torch.arange(0, dim, 2, device=coefficient.device, dtype=coefficient.dtype)
-    angle = coefficient[..., None] * base ** (-index / dim)
+def frequencies(dim: int = 6, base: float = 10_000.0) -> Tensor:
+    """n^(-2i/d) for i = 0 .. d/2 - 1, with n = `base` and d = `dim`: (d/2,)."""
+    return base ** (-torch.arange(0, dim, 2) / dim)
+
+
+def encode(coefficient: Tensor, rates: Tensor) -> Tensor:
+    """Sinusoids e(c) = [sin(c / n^(2i/d)), cos(c / n^(2i/d))], interleaved: (...) to (..., d).
+
+    Args:
+        coefficient: c.
+        rates: (d/2,) see `frequencies`.
+    """
+    angle = coefficient[..., None] * rates
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-2)
 
 
@@ -76,6 +85,10 @@ class Family(Gaussian):
         super().__init__(config, spec)
         self.config: FamilyConfig = config
         self.balance = Balance(self.encoder.out_dim, config)
+        self.rates: Tensor
+        self.register_buffer(
+            "rates", frequencies(config.encoding_dim, config.encoding_base), persistent=False
+        )
 
     def input_dim(self) -> int:
         """Features of the observation and the encoded coefficient."""
@@ -97,8 +110,7 @@ class Family(Gaussian):
             coefficient: (B,) c.
             frozen: compute gradients with respect to the inputs alone, not the network's weights.
         """
-        code = encode(coefficient, self.config.encoding_dim, self.config.encoding_base)
-        x = torch.cat([features, code], -1)
+        x = torch.cat([features, encode(coefficient, self.rates)], -1)
         return self.head(self.net.frozen(x) if frozen else self.net(x))
 
     def rescale(self, squashed: Tensor) -> Tensor:

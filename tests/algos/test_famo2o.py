@@ -26,7 +26,7 @@ from robopost.algos.offline.famo2o_iql import (
 from robopost.algos.offline.iql import IQL, IQLConfig, advantage_weights
 from robopost.data.batch import Batch, Spec
 from robopost.errors import ConfigError
-from robopost.policies.family import Family, FamilyConfig, encode, rescale
+from robopost.policies.family import Family, FamilyConfig, encode, frequencies, rescale
 from robopost.policies.gaussian import Gaussian, GaussianConfig
 
 IQL_POLICY = {"squash": False, "mean_tanh": True, "state_std": False}
@@ -71,15 +71,15 @@ def same(a, b):
 
 
 def test_encoding_interleaves_sines_and_cosines():
-    assert encode(torch.zeros(1)).tolist() == [[0, 1, 0, 1, 0, 1]]
-    code = encode(torch.tensor([2.0, 14.0]))
+    assert encode(torch.zeros(1), frequencies()).tolist() == [[0, 1, 0, 1, 0, 1]]
+    code = encode(torch.tensor([2.0, 14.0]), frequencies())
     assert code.shape == (2, 6)
     expected = []
     for i in range(3):
         angle = 2.0 / 10_000 ** (2 * i / 6)
         expected += [math.sin(angle), math.cos(angle)]
     assert code[0].tolist() == pytest.approx(expected, abs=1e-6)
-    other = encode(torch.tensor([2.0]), dim=4, base=100.0)
+    other = encode(torch.tensor([2.0]), frequencies(4, 100.0))
     assert other[0].tolist() == pytest.approx(
         [math.sin(2), math.cos(2), math.sin(0.2), math.cos(0.2)], abs=1e-6
     )
@@ -91,7 +91,9 @@ def test_the_policy_honours_dimension_and_base_of_the_encoding(lab):
     features, seen = torch.randn(3, 5), []
     policy.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     policy.member(features, torch.full((3,), 2.0))
-    assert torch.equal(seen[0], torch.cat([features, encode(torch.full((3,), 2.0), 4, 100.0)], 1))
+    assert torch.equal(
+        seen[0], torch.cat([features, encode(torch.full((3,), 2.0), frequencies(4, 100.0))], 1)
+    )
 
 
 def test_tanh_covers_the_range_and_no_more():
@@ -161,7 +163,7 @@ def test_one_coefficient_is_iql_on_extended_observations(lab):
     plain = Gaussian(GaussianConfig(hidden=[16, 16], **IQL_POLICY), spec)
     plain.net.load_state_dict(family.policy.net.state_dict())
     batch, advantage = lab.make_batch(), torch.linspace(-1, 1.5, 32)
-    code = encode(torch.full((32,), c))
+    code = encode(torch.full((32,), c), frequencies())
     extended = {"state": torch.cat([batch.obs["state"], code], 1)}
     weights = advantage_weights(advantage, c, 100.0)
     expected = -(weights * plain.action_log_prob(extended, batch.action[:, None])).mean()

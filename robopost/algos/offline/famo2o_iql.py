@@ -133,7 +133,8 @@ class FamO2OIQL(IQL):
         coefficient = self.draw_coefficient(fixed)
         noise, action_noise = self._noise(batch.reward), self._noise(batch.action)
 
-        squashed, log_prob = draw_squashed(*family.balance(fixed), noise)
+        mean, log_std = family.balance(fixed)
+        squashed, log_prob = draw_squashed(mean, log_std, noise)
         chosen = family.rescale(squashed)
         action, _ = family.draw(*family.member(fixed, chosen, frozen=True), action_noise[:, None])
         q = self.critic_target.frozen(batch.obs, action[:, 0])
@@ -170,7 +171,8 @@ class FamO2OIQL(IQL):
             return self.policy.uniform_coefficient(len(features), self.generator)
         noise = self._noise(features[:, 0])
         with torch.no_grad():
-            return self.policy.rescale(draw_squashed(*self.policy.balance(features), noise)[0])
+            mean, log_std = self.policy.balance(features)
+            return self.policy.rescale(draw_squashed(mean, log_std, noise)[0])
 
     def _clone(self, batch: Batch, features: Tensor, coefficient: Tensor, advantage: Tensor) -> Metrics:
         """IQL's policy update with beta = c, of the member with the same c."""
