@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from robopost.nets.vectorise import escape
 
 MIN_WORK = 1 << 21  # multiply-adds of the largest layer below which call overhead dominates
-ROW_STEP = 32  # granularity of the rows a backward pass is restricted to
+ROW_STEP = 32  # granularity of the rows that work is restricted to
 _override: bool | None = None
 _stacked = False
 
@@ -111,6 +111,20 @@ def mlp(net: nn.Sequential, x: Tensor, weights: list[Tensor] | None = None) -> T
     return escape(_seeds, x, *parts) if _stacked else _Perceptron.apply(x, *parts)
 
 
+def kept_rows(net: nn.Sequential, x: Tensor, mask: Tensor) -> Tensor | None:
+    """Indices (K,) that hold every row that `mask` (B,) keeps, where evaluating `net` on these alone saves work.
+
+    None where it doesn't, and where the number of rows has to stay: on a GPU, when compiling or stacking seeds.
+    """
+    return None if _stacked or not usable(net, x) else _kept(mask)
+
+
+def _kept(mask: Tensor) -> Tensor | None:
+    """Their number is rounded up: oneDNN builds a kernel for every new shape, which takes milliseconds."""
+    count = -(-int(mask.sum()) // ROW_STEP) * ROW_STEP
+    return mask.argsort(descending=True, stable=True)[:count] if count < mask.shape[0] else None
+
+
 def _seeds(x: Tensor, *weights: Tensor) -> Tensor:
     """The perceptrons of all seeds: x (N, B, in), weights (N, ...) -> (N, B, out) or (N, E, B, out)."""
     slow_mkl = x.device.type == "cpu" and (preferred() if _override is None else _override and available())
@@ -168,7 +182,7 @@ class _Perceptron(torch.autograd.Function):
         grad_x: Tensor | None = None
         stacked = weights[0].dim() == 3
         flow = list(grad.unbind()) if stacked else [grad]
-        rows = _needed_rows(flow[0]) if members == 1 else None
+        rows = _kept(flow[0].any(-1)) if members == 1 else None
         if rows is not None:
             batch = x.shape[0]
             x, flow[0], *saved = (tensor.index_select(0, rows) for tensor in (x, flow[0], *saved))
@@ -195,17 +209,6 @@ class _Perceptron(torch.autograd.Function):
                 if rows is not None:
                     grad_x = grad_x.new_zeros(batch, grad_x.shape[1]).index_copy_(0, rows, grad_x)
         return grad_x, *grads
-
-
-def _needed_rows(grad: Tensor) -> Tensor | None:
-    """Indices that hold all rows of `grad` (B, out) with a gradient, or None where these are most of them.
-
-    A loss that is masked per sample leaves the others without one. Their number is rounded up: oneDNN
-    builds a kernel for every new shape, which takes milliseconds.
-    """
-    with_gradient = grad.any(-1)
-    count = -(-int(with_gradient.sum()) // ROW_STEP) * ROW_STEP
-    return with_gradient.argsort(descending=True, stable=True)[:count] if count < grad.shape[0] else None
 
 
 class _Stacked(torch.autograd.Function):

@@ -44,7 +44,13 @@ class ActionVAE(nn.Module):
         self.decoder = EnsembleMLP(1, self.join.dim + latent, hidden, spec.action_dim)
 
     def forward(
-        self, obs: Obs, action: Tensor, noise: Tensor, *, frozen: bool = False
+        self,
+        obs: Obs,
+        action: Tensor,
+        noise: Tensor,
+        *,
+        frozen: bool = False,
+        needed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Encode, draw one latent vector by reparameterisation, decode.
 
@@ -53,6 +59,7 @@ class ActionVAE(nn.Module):
             action: (B, A) normalised.
             noise: (B, L) standard normal.
             frozen: gradient to `action` alone: a policy gradient needs none of the weights'.
+            needed: (B,) bool, rows whose decoded action is wanted; that of others may be 0.
 
         Returns:
             (decoded action (B, A) in (-1, 1), mean (B, L), log_std (B, L)).
@@ -62,7 +69,12 @@ class ActionVAE(nn.Module):
         mean, log_std = code.chunk(2, -1)
         log_std = log_std.clamp(*LOG_STD)
         latent = torch.addcmul(mean, log_std.exp(), noise)
-        return _apply(self.decoder, torch.cat([state, latent], -1), frozen).tanh(), mean, log_std
+        x = torch.cat([state, latent], -1)
+        rows = None if needed is None else fused.kept_rows(self.decoder, x, needed)
+        if rows is None:
+            return _apply(self.decoder, x, frozen).tanh(), mean, log_std
+        part = _apply(self.decoder, x.index_select(0, rows), frozen).tanh()
+        return part.new_zeros(len(x), part.shape[1]).index_copy(0, rows, part), mean, log_std
 
     def decode(self, obs: Obs, latent: Tensor) -> Tensor:
         """Actions (B, A) of latent vectors (B, L); draws from the prior where those are standard normal."""

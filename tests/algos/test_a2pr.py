@@ -12,6 +12,7 @@ from robopost.algos.offline.a2pr import A2PRConfig
 from robopost.algos.offline.td3_bc import td3_bc_loss
 from robopost.data.batch import Batch, Spec
 from robopost.errors import ConfigError
+from robopost.nets import fused
 from robopost.nets.vae import ActionVAE, kl_divergence
 
 
@@ -224,6 +225,25 @@ def test_the_vae_s_sizes_are_the_reference_s():
     assert sum(p.numel() for p in vae.parameters()) == 1_189_530
     with pytest.raises(ConfigError, match="latent size 0"):
         ActionVAE(spec, ["state"], [8], 0)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 200])
+def test_decoding_only_what_is_needed_changes_no_loss(kept):
+    if not fused.available():
+        pytest.skip("this torch has no oneDNN linear on CPU")
+    spec = Spec({"state": ((17,), "float32")}, 6, (-1.0,) * 6, (1.0,) * 6, 10)
+    vae, g = ActionVAE(spec, ["state"], [256, 256], 12), torch.Generator().manual_seed(0)
+    obs, action = {"state": torch.randn(256, 17, generator=g)}, torch.rand(256, 6, generator=g)
+    noise, keep = torch.randn(256, 12, generator=g), torch.randperm(256, generator=g) < kept
+    results = []
+    for enabled, needed in ((True, keep), (False, keep), (False, None)):
+        fused.force(enabled)
+        decoded, mean, log_std = vae(obs, action, noise, needed=needed)
+        loss = a2pr.reconstruction_loss(decoded, action, keep, 1.0) + kl_divergence(mean, log_std)
+        results.append((loss.detach(), *torch.autograd.grad(loss, list(vae.parameters()))))
+    fused.force(None)
+    for row in zip(*results, strict=True):
+        assert all(torch.allclose(row[0], other, atol=1e-7, rtol=1e-4) for other in row[1:])
 
 
 def test_twenty_updates_agree_with_the_formulas(lab):

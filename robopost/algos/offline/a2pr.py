@@ -266,7 +266,7 @@ class A2PR(TD3):
         """One VAE update; the KL term isn't masked."""
         cfg = self.config
         keep = advantage > cfg.advantage_threshold
-        decoded, mean, log_std = self.vae(batch.obs, batch.action, noise)
+        decoded, mean, log_std = self.vae(batch.obs, batch.action, noise, needed=keep)
         reconstruction = reconstruction_loss(decoded, batch.action, keep, cfg.vae_weight)
         divergence = kl_divergence(mean, log_std)
         loss = reconstruction + 0.5 * divergence
