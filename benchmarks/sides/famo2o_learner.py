@@ -12,6 +12,7 @@ the noise it draws and its losses.
 
 import json
 import sys
+import time
 import types
 
 import jax
@@ -123,11 +124,12 @@ def main(repository, path, batch_size):
             parity(learner, utils, data, request["parity"], request["out"])
             answer({})
         else:
+            start = time.process_time()
             for _ in range(request["updates"]):
                 update()
             # Updates run asynchronously: wait for the last.
             jax.block_until_ready((agent.actor.params, agent.critic.params, agent.hierarchical_actor.params))
-            answer({"updates": request["updates"]})
+            answer({"updates": request["updates"], "cpu_s": time.process_time() - start})
 
 
 if __name__ == "__main__":
