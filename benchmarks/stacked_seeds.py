@@ -112,7 +112,7 @@ def parity(name, width, seeds, dataset, mode):
 
 def compare(bench, key, name, width, seeds, dataset, mode, threads):
     """One cell: parity, then the interleaved ratio."""
-    count = bench.scale(smoke=4, small=40, paper=200)
+    count = bench.scale(smoke=4, small=40, paper=200) // (1 if threads == 1 else 4)
     rounds = bench.scale(smoke=2, small=9, paper=15)
     on_gpu = dataset.device.type == "cuda"
 

@@ -22,6 +22,7 @@ EXAMPLES = (
     "robopost train algo=bc policy=flow data=data/push.zarr env=arm_push algo.lr=3e-4",
     "robopost train resume=runs/<run> loop.steps=100000",
     "robopost train resume=runs/<offline run> loop.online_steps=50000    # go on in the environment",
+    "robopost train algo=td3_bc data=<path> seeds=8 accel.stack_seeds=on     # offline seeds, all at once",
     "robopost train algo=ppo --help          # settings of ppo",
 )
 GROUPS = ("algo", "policy", "env", "data", "track", "recipe")
