@@ -24,16 +24,19 @@ from robopost.errors import ConfigError
 from robopost.nets import fused
 from robopost.nets.flat import Flat
 from robopost.nets.seeds import SeedNoise, StackedFlat
+from robopost.nets.transformer import ChunkTransformer
 from robopost.nets.vectorise import escape, vectorise
 
 # Elementwise: one step over the memory of all seeds is every seed's own.
 OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
-# Layers whose random numbers, running statistics or kernels torch.vmap doesn't carry over to several seeds.
+# Whose random numbers or running statistics torch.vmap doesn't carry over to several seeds, or whose kernels it
+# would call seed by seed.
 UNSTACKABLE = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.conv._ConvNd,
     nn.modules.dropout._DropoutNd,
     nn.RNNBase,
+    ChunkTransformer,
 )
 
 
