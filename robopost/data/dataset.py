@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -43,6 +44,7 @@ class Dataset:
         stats: statistics of the rows in use, before `normalise`, see `EpisodeStore.stats`.
         dataset_id: identity of the content; `"<id>[:N]"` for the first N episodes.
         device: where batches are.
+        folder: of the cache that the tensors are mapped from, None in memory.
     """
 
     def __init__(
@@ -62,6 +64,10 @@ class Dataset:
         self.spec = spec
         self.stats = stats
         self.dataset_id = dataset_id
+        mapped = columns.action
+        self.folder = (
+            Path(mapped.filename).parent if isinstance(mapped, np.memmap) and mapped.filename else None
+        )
         self.device = torch.device(device)
         self._home = torch.device(storage if storage is not None else device)
         put = lambda array: torch.from_numpy(np.asarray(array)).to(self._home)  # noqa: E731
