@@ -26,7 +26,7 @@ from robopost.algos.offline.famo2o_iql import (
 from robopost.algos.offline.iql import IQL, IQLConfig, advantage_weights
 from robopost.data.batch import Batch, Spec
 from robopost.errors import ConfigError
-from robopost.policies.family import Family, FamilyConfig, encode, frequencies, rescale
+from robopost.policies.family import Family, FamilyConfig, encode, frequencies
 from robopost.policies.gaussian import Gaussian, GaussianConfig
 
 IQL_POLICY = {"squash": False, "mean_tanh": True, "state_std": False}
@@ -68,37 +68,6 @@ def same(a, b):
 
 
 # -- encoding and range -------------------------------------------------------------------------------------------
-
-
-def test_encoding_interleaves_sines_and_cosines():
-    assert encode(torch.zeros(1), frequencies()).tolist() == [[0, 1, 0, 1, 0, 1]]
-    code = encode(torch.tensor([2.0, 14.0]), frequencies())
-    assert code.shape == (2, 6)
-    expected = []
-    for i in range(3):
-        angle = 2.0 / 10_000 ** (2 * i / 6)
-        expected += [math.sin(angle), math.cos(angle)]
-    assert code[0].tolist() == pytest.approx(expected, abs=1e-6)
-    other = encode(torch.tensor([2.0]), frequencies(4, 100.0))
-    assert other[0].tolist() == pytest.approx(
-        [math.sin(2), math.cos(2), math.sin(0.2), math.cos(0.2)], abs=1e-6
-    )
-
-
-def test_the_policy_honours_dimension_and_base_of_the_encoding(lab):
-    policy = make_family(lab.SPEC, encoding_dim=4, encoding_base=100.0)
-    assert policy.net[0].in_features == 5 + 4
-    features, seen = torch.randn(3, 5), []
-    policy.net.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    policy.member(features, torch.full((3,), 2.0))
-    assert torch.equal(
-        seen[0], torch.cat([features, encode(torch.full((3,), 2.0), frequencies(4, 100.0))], 1)
-    )
-
-
-def test_tanh_covers_the_range_and_no_more():
-    ends = rescale(torch.tensor([-1.0, 0.0, 1.0]), 0.5, 1.5)
-    assert ends.tolist() == [0.5, 1.0, 1.5]
 
 
 @pytest.mark.parametrize(("base", "low", "high"), [("iql", 8.0, 14.0), ("cql", 0.5, 1.5)])
@@ -367,34 +336,6 @@ def test_the_next_states_coefficient_is_its_own(lab):
     assert not torch.allclose(found, algo.policy.coefficient(batch.obs), atol=1e-2)
 
 
-@pytest.mark.parametrize("options", [IQL_POLICY, CQL_POLICY])
-def test_acting_takes_the_mode_of_the_balance_model(lab, options):
-    policy = make_family(lab.SPEC, **options)
-    with torch.no_grad():
-        policy.balance.net[4].weight.mul_(300)
-    obs = {"state": torch.randn(6, 5)}
-    mean, _ = policy.balance(obs["state"])
-    c = 1 + (mean.tanh() + 1) * 2
-    assert c.std() > 0.05
-    assert torch.allclose(policy.coefficient(obs), c)
-    expected, log_std = policy.member(obs["state"], c)
-    action = expected.tanh() if policy.config.squash else expected
-    assert torch.allclose(policy.act(obs, deterministic=True).chunk, action.clamp(-1, 1))
-    samples = [policy.sample(obs, generator=torch.Generator().manual_seed(i))[2][:, 0] for i in range(400)]
-    assert torch.allclose(torch.stack(samples).std(0), log_std.exp(), rtol=0.2)
-
-
-def test_frozen_evaluation_agrees_and_gives_gradients_to_the_coefficient_alone(lab):
-    policy = make_family(lab.SPEC)
-    features, c = torch.randn(8, 5), torch.rand(8, requires_grad=True)
-    free, frozen = policy.member(features, c), policy.member(features, c, frozen=True)
-    assert torch.equal(free[0], frozen[0])
-    one = torch.autograd.grad(free[0].sum(), c)[0]
-    other = torch.autograd.grad(frozen[0].sum(), [c, *policy.net.parameters()], allow_unused=True)
-    assert torch.allclose(one, other[0], atol=1e-6)
-    assert all(gradient is None for gradient in other[1:])
-
-
 # -- toy ----------------------------------------------------------------------------------------------------------
 
 
@@ -436,12 +377,6 @@ def test_wrong_policies_and_values_are_refused(lab):
             cls(config(), plain, lab.SPEC, **parts)
     with pytest.raises(ConfigError, match=r"policy.squash=true"):
         FamO2OCQL(FamO2OCQLConfig(), make_family(lab.SPEC), lab.SPEC, **parts)
-    with pytest.raises(ConfigError, match=r"coefficient_low=3.0 .* 0 <= low <= high"):
-        FamilyConfig(coefficient_low=3.0, coefficient_high=2.0)
-    with pytest.raises(ConfigError, match="a negative coefficient would minimise Q"):
-        FamilyConfig(coefficient_low=-0.5, coefficient_high=1.5)
-    with pytest.raises(ConfigError, match=r"encoding_dim=5 must be even"):
-        FamilyConfig(encoding_dim=5)
     with pytest.raises(ConfigError, match=r"balance_every=0"):
         FamO2OIQLConfig(balance_every=0)
     with pytest.raises(ConfigError, match=r"target_entropy=1.0 must be below"):
