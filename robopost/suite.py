@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import fnmatch
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -99,28 +99,32 @@ class SuiteSet:
         return sum(source.steps or int(source.origin.split("/")[-1]) for source in self.sources)
 
 
-def set_names(pattern: str) -> list[str]:
+def set_names(pattern: str, config_dirs: Sequence[str | Path] = ()) -> list[str]:
     """`suite/set` names that match: a suite, a set, or a glob such as `mujoco_v5/hopper-*`.
+
+    Args:
+        pattern: what to match.
+        config_dirs: config trees with suites of one's own, searched before the shipped one.
 
     Raises:
         ConfigError: nothing matches.
     """
-    known = [name for name in file_options("suite", search_dirs()) if "/" in name]
+    known = [name for name in file_options("suite", search_dirs(config_dirs)) if "/" in name]
     found = [name for name in known if fnmatch.fnmatchcase(name, pattern) or name.startswith(f"{pattern}/")]
     if not found:
         raise unknown("suite", pattern, [*known, *{name.split("/")[0] for name in known}])
     return found
 
 
-def load_set(name: str) -> SuiteSet:
-    """The definition of `suite/set`.
+def load_set(name: str, config_dirs: Sequence[str | Path] = ()) -> SuiteSet:
+    """The definition of `suite/set`; `config_dirs` as in `set_names`.
 
     Raises:
         ConfigError: no such set, or a key or value that a set doesn't have.
     """
-    path = find_file("suite", name, search_dirs())
+    path = find_file("suite", name, search_dirs(config_dirs))
     if path is None:
-        raise unknown("suite", name, set_names("*"))
+        raise unknown("suite", name, set_names("*", config_dirs))
     body = yaml.safe_load(path.read_text())
     known = ("version", "env", "sources", "include")
     for key in body:
@@ -129,7 +133,7 @@ def load_set(name: str) -> SuiteSet:
     suite, own = name.split("/")
     sources = [_source(path, item) for item in body.get("sources", [])]
     for other in body.get("include", []):
-        included = load_set(f"{suite}/{other}")
+        included = load_set(f"{suite}/{other}", config_dirs)
         if included.env != body["env"]:
             raise ConfigError(f"{path.name}: includes {other}, which is recorded in {included.env}")
         sources += included.sources

@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> int:
 
     setup_logging()
     if pluck(args.overrides, "suite"):
-        return _suite(args.overrides, "robopost collect " + shlex.join(argv))
+        return _suite(args.overrides, args.config_dir, "robopost collect " + shlex.join(argv))
     config = compose(args.overrides, "collect", config_dirs=args.config_dir)
     try:
         with progress_bar("recording", config.episodes) as update:
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _suite(words: Sequence[str], command: str) -> int:
+def _suite(words: Sequence[str], dirs: Sequence[str], command: str) -> int:
     """Record the sets that `suite=` names."""
     from robopost.compose import compose
     from robopost.suite import collect_set, load_set, set_names
@@ -68,8 +68,8 @@ def _suite(words: Sequence[str], command: str) -> int:
             )
     config = compose([*([] if pluck(words, "out") else ["out="]), *words], "collect")
     out = console()
-    for name in set_names(config.suite):
-        wanted = load_set(name)
+    for name in set_names(config.suite, dirs):
+        wanted = load_set(name, dirs)
         folder = Path(config.out or Path("data") / wanted.suite)
         try:
             with progress_bar(f"recording {name}", max(1, int(wanted.steps * config.scale))) as update:

@@ -208,16 +208,25 @@ def test_wrong_words(words, text, capsys):
         ({"source": []}, "unknown key 'source'. Did you mean 'sources'"),
     ],
 )
-def test_wrong_sets(tmp_path, monkeypatch, body, text):
+def test_wrong_sets(tmp_path, body, text):
     place = tmp_path / "suite" / "toy"
     place.mkdir(parents=True)
     (place / "bad.yaml").write_text(yaml.safe_dump({"version": 1, "env": "walker2d", **body}))
     shipped = (config_dir() / "suite" / "mujoco_v5" / "hopper-random.yaml").read_text()
     (place / "hopper-random.yaml").write_text(shipped)
-    monkeypatch.setattr("robopost.suite.search_dirs", lambda: [tmp_path, *search_dirs()])
     with pytest.raises(ConfigError, match=text):
-        load_set("toy/bad")
+        load_set("toy/bad", [tmp_path])
 
 
 def test_definitions_are_files_of_the_config_tree():
     assert set(SETS) <= set(file_options("suite", search_dirs()))
+
+
+def test_a_suite_of_ones_own(tmp_path, capsys):
+    (tmp_path / "suite" / "mine").mkdir(parents=True)
+    (tmp_path / "suite" / "mine" / "few.yaml").write_text(
+        "version: 3\nenv: arm_reach\nsources:\n  - {from: random, steps: 50, seed: 5}\n"
+    )
+    words = ["suite=mine", f"out={tmp_path}", "num_envs=2", "--config-dir", str(tmp_path)]
+    assert main(["collect", *words]) == 0
+    assert "few.zarr: 2 episodes, 80 steps, 2 recorded" in capsys.readouterr().out
