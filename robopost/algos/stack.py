@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -104,6 +105,9 @@ class Stack:
             if isinstance(value, torch.optim.Optimizer)
         }
         vars(self._template).update(self._flats | self._optimizers)
+        for name, value in vars(first).items():
+            if isinstance(value, MethodType) and value.__self__ is first:
+                setattr(self._template, name, MethodType(value.__func__, self._template))
         self._graphs: list[CudaGraph] = []
         self._accelerate(mode)
 

@@ -248,12 +248,15 @@ def test_auto_stacks_where_it_is_faster_and_says_why_not(store, tmp_path, caplog
         train(compose([*base, "seeds=2", f"out={tmp_path / 'typo'}", "accel.stack_seeds=atuo"]))
 
 
-def built(algo, store, *more, mode="eager"):
+def built(name, store, *more, mode="eager"):
     """An algorithm of every seed, as `train` builds them, and batches as it draws them."""
-    config = compose(words(algo, store, *more))
+    config = compose(words(name, store, *more))
     dataset = Dataset.load(config.data, device="cuda" if mode != "eager" else "cpu")
-    runs = [Run(compose([*words(algo, store, *more), f"seed={seed}"]), Path("none")) for seed in range(N)]
+    runs = [Run(compose([*words(name, store, *more), f"seed={seed}"]), Path("none")) for seed in range(N)]
     algos = [run.build(dataset.spec, dataset.stats, dataset.dataset_id) for run in runs]
+    dataset = dataset.normalise(algos[0].policy.normaliser)
+    for algo in algos:
+        algo.attach(dataset)
     return algos, dataset
 
 
@@ -311,7 +314,7 @@ def double():
 
 
 @pytest.mark.usefixtures("double")
-@pytest.mark.parametrize("algo", OFFLINE)
+@pytest.mark.parametrize("algo", [name for name in OFFLINE if name != "prdc"])  # its search is float32
 def test_in_double_precision_nothing_but_rounding_differs(algo, store, monkeypatch):
     """The way through a CUDA graph, with an eager stand-in for the graph, against separate seeds.
 
@@ -352,6 +355,33 @@ def test_in_double_precision_nothing_but_rounding_differs(algo, store, monkeypat
         assert one["json"] == two["json"]
         for key, value in one["tensors"].items():
             torch.testing.assert_close(two["tensors"][key], value, rtol=1e-9, atol=1e-9)
+
+
+def test_methods_kept_as_attributes_see_all_seeds(store):
+    """A bound method belongs to one seed's algorithm; in the stack it must not stay with the first."""
+    algos, dataset = built("td3_bc", store)
+    for algo in algos:
+        algo.policy_loss = algo.actor_loss
+    kept = type(algos[0]).actor_step
+    type(algos[0]).actor_step = _step_by_attribute
+    try:
+        stack = Stack(algos)
+        batch = dataset.sample(N * 8, torch.Generator().manual_seed(0))
+        for _ in range(2):
+            stack.update(batch.map(lambda tensor: tensor.unflatten(0, (N, -1))))
+    finally:
+        type(algos[0]).actor_step = kept
+    assert seen == [stack._template]
+
+
+seen = []
+
+
+def _step_by_attribute(self, batch):
+    loss, metrics = self.policy_loss(batch)
+    seen.append(self.policy_loss.__self__)
+    self._actor_flat.backward(loss)
+    return metrics
 
 
 def test_an_error_leaves_the_algorithms_whole(store):
