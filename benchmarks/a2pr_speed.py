@@ -187,8 +187,8 @@ def parity(data):
 
 def compare(bench, key, data, *, config=None, plain=False):
     """One cell: parity, then the interleaved ratio."""
-    count = bench.scale(smoke=20, small=100, paper=500)
-    rounds = bench.scale(smoke=3, small=11, paper=15)
+    count = bench.scale(smoke=20, small=40, paper=500)
+    rounds = bench.scale(smoke=3, small=9, paper=15)
 
     def measure():
         fused.force(False if plain else None)
@@ -214,8 +214,8 @@ def compare(bench, key, data, *, config=None, plain=False):
 
 def against_td3_bc(bench, data):
     """How much longer an update takes than TD3+BC's, both ours."""
-    count = bench.scale(smoke=20, small=100, paper=500)
-    rounds = bench.scale(smoke=3, small=11, paper=15)
+    count = bench.scale(smoke=20, small=40, paper=500)
+    rounds = bench.scale(smoke=3, small=9, paper=15)
 
     def measure():
         a2pr = our_side(our_agent(), data)
