@@ -91,11 +91,11 @@ def test_lists_of_any_length_give_the_exact_answer(list_bytes, rows, noise):
 
 
 def test_longer_lists_certify_more_and_shorter_ones_ask_the_fallback():
-    steps, query = queries(gait(20_000)[1], 200, noise=1.0)
+    steps, query = queries(gait(20_000)[1], 200, noise=0.2)
     found = [dense(size, 20_000).search(steps, query, 2.0) for size in (4, 64, 256)]
     rates = [answer.certified.float().mean() for answer in found]
-    assert rates == sorted(rates)
-    assert rates[0] < 0.5 < rates[-1]
+    assert rates[0] < rates[1] < rates[2]
+    assert rates[0] < 0.5 < rates[2]
 
 
 def test_fallback_in_parts_is_the_fallback(monkeypatch):
