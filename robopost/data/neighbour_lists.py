@@ -32,6 +32,7 @@ BINS = 16  # of distance, for which counts are kept: how much of a list a query 
 GROUP = 256  # states whose lists are computed together
 CHUNK = 256  # leaves per matrix product
 SAMPLE = 256  # states that the radius is chosen from
+FILES = {"index.json", *(f"{name}.bin" for name in ("steps", "start", "count", "entries"))}
 
 
 @dataclass
@@ -179,12 +180,16 @@ def load_or_build(folder: Path, identity: dict[str, Any], make: Any) -> tuple[Te
         make: function of an open file for the entries, returns (steps per leaf, lists without entries).
 
     Raises:
-        DataError: the folder holds the index of another dataset, or the disk is full.
+        DataError: the folder holds the index of another dataset or other files, or the disk is full.
     """
     found = _open(folder, identity)
     if found is not None:
         log.info("neighbour index %s: %.0f MB", folder, found[1].nbytes / 1e6)
         return found
+    if folder.exists() and not (folder.is_dir() and {path.name for path in folder.iterdir()} <= FILES):
+        raise DataError(
+            f"{folder} is there already and no neighbour index. Fix: algo.index=<a folder of its own>"
+        )
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     with disk_errors(f"can't write the neighbour index {folder}"):
         partial.mkdir(parents=True)

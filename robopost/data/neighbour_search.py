@@ -73,12 +73,12 @@ class ListSearch:
             found = squared.isfinite()
             ids, squared = torch.where(found, ids, steps[:, None]), torch.where(found, squared, own[:, None])
         certified = squared[:, -1] * (1 + MARGIN) <= (beta * self.lists.radius) ** 2
-        if not exact:
-            return Found(ids, squared, certified, torch.zeros_like(certified))
-        rows = torch.nonzero(~certified).view(-1)
+        # Without a certificate; or, where that is enough, with fewer than k pairs on the list.
+        asked = ~certified if exact else ~squared[:, -1].isfinite()
+        rows = torch.nonzero(asked).view(-1)
         if len(rows):
             ids[rows], squared[rows] = self._descend(keys.at(rows), bound[rows], ids[rows], squared[rows])
-        return Found(ids, squared, certified, ~certified)
+        return Found(ids, squared, certified, asked)
 
     def _seed(self, steps: Tensor, keys: Keys) -> Tensor:
         """(B,) squared distance of the k-th nearest of the steps around each row's own: an upper bound."""

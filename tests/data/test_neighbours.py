@@ -259,6 +259,30 @@ def test_torn_index_is_built_again(tmp_path):
         assert torch.equal(again.lookup(steps, query, 2.0), expected)
 
 
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    state, action = gait(100)
+    (tmp_path / "notes").write_text("mine")
+    for folder in (tmp_path, tmp_path / "notes"):
+        with pytest.raises(DataError, match=r"is there already and no neighbour index. Fix: algo.index="):
+            Neighbours.open(state, action, folder=folder)
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes", "mine")]
+
+
+@pytest.mark.parametrize("k", [1, 3, 20])
+def test_lists_alone_give_k_neighbours_and_the_fallback_only_where_they_are_too_short(k):
+    state, action = pairs(3000)
+    state[:1500] *= 0.05  # the radius fits these
+    steps, query = queries(action, 128)
+    index = Neighbours.open(state, action, list_bytes=8)
+    found = index.search(steps, query, 2.0, k, exact=False)
+    value, _ = truth(state, action, steps, query, 2.0, k)
+    assert found.squared.isfinite().all()
+    assert (found.squared.double().sqrt() >= value * (1 - 1e-5)).all(), "distances of pairs that exist"
+    sure = found.certified | found.asked
+    assert torch.allclose(found.squared[sure].double().sqrt(), value[sure], rtol=1e-5, atol=1e-6)
+    assert found.asked.any() == (k > 1)
+
+
 def test_a_killed_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
     state, action = gait(500)
 
