@@ -130,7 +130,7 @@ class PRDC(TD3BC):
         """TD3+BC's objective with the nearest pair's action as target."""
         action = self.policy.sample(batch.obs, deterministic=True)[0][:, 0]
         q = self.critic.frozen(batch.obs, action, members=1)[0]
-        if batch.extra is None:
+        if batch.extra is None or "step" not in batch.extra:
             raise DataError("algo=prdc needs batches with the dataset step of each sample (extra 'step')")
         found = by_rows(self._search, batch.extra["step"], action.detach())
         target, (distance, own, certified, asked) = found[:, :-4], found[:, -4:].unbind(1)
