@@ -24,6 +24,7 @@ POLICY = {
     "bc": ["policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1"],
     "td3_bc": ["policy=deterministic", "policy.hidden=[16]"],
     "a2pr": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]", "algo.vae_hidden=[16]"],
+    "prdc": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]"],
     "rebrac": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]"],
     "iql": ["policy=gaussian", "policy.hidden=[16]"],
     "famo2o_iql": [
