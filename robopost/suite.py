@@ -125,14 +125,12 @@ def load_set(name: str, config_dirs: Sequence[str | Path] = ()) -> SuiteSet:
     path = find_file("suite", name, search_dirs(config_dirs))
     if path is None:
         raise unknown("suite", name, set_names("*", config_dirs))
-    body = yaml.safe_load(path.read_text())
-    known = ("version", "env", "sources", "include")
-    for key in body:
-        if key not in known:
-            raise ConfigError(f"{path.name}: {unknown('key', key, known)}")
-    suite, own = name.split("/")
+    body = _read(path)
+    suite, own = name.rsplit("/", 1)
     sources = [_source(path, item) for item in body.get("sources", [])]
     for other in body.get("include", []):
+        if other == own:
+            raise ConfigError(f"{path.name} includes itself")
         included = load_set(f"{suite}/{other}", config_dirs)
         if included.env != body["env"]:
             raise ConfigError(f"{path.name}: includes {other}, which is recorded in {included.env}")
@@ -142,11 +140,39 @@ def load_set(name: str, config_dirs: Sequence[str | Path] = ()) -> SuiteSet:
     return SuiteSet(suite, own, int(body["version"]), str(body["env"]), tuple(sources))
 
 
-def _source(path: Path, item: dict[str, Any]) -> Source:
+def _read(path: Path) -> dict[str, Any]:
+    """The keys of a set's file, checked."""
+    try:
+        body = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path.name}{line}: not valid YAML. Fix: correct it there") from error
+    kinds = {"version": int, "env": str, "sources": list, "include": list}
+    for key, value in body.items() if isinstance(body, dict) else ():
+        if key not in kinds:
+            raise ConfigError(f"{path.name}: {unknown('key', str(key), kinds)}")
+        if not isinstance(value, kinds[key]):
+            raise ConfigError(f"{path.name}: {key}: {value} must be of type {kinds[key].__name__}")
+    for key in ("version", "env"):
+        if not isinstance(body, dict) or key not in body:
+            raise ConfigError(f"{path.name} has no {key}. Fix: add it, see docs/suite.md")
+    return body
+
+
+def _source(path: Path, item: Any) -> Source:
+    if not isinstance(item, dict):
+        raise ConfigError(f"{path.name}: source {item!r} must read {{from: <origin>, steps: <count>}}")
     keys = {"from", *(name for name in Source.__dataclass_fields__ if name != "origin")}
     for key in item:
         if key not in keys:
             raise ConfigError(f"{path.name}: {unknown('key of a source', key, keys)}")
+    kinds = {"from": str, "steps": int, "seed": int, "noise": (int, float), "quality": (int, float)}
+    for key, kind in (kinds | {"deterministic": bool}).items():
+        if key in item and (
+            not isinstance(item[key], kind) or (isinstance(item[key], bool) != (kind is bool))
+        ):
+            raise ConfigError(f"{path.name}: {key}: {item[key]!r} of a source is of the wrong type")
     try:
         return Source(origin=item.get("from", ""), **{key: item[key] for key in item if key != "from"})
     except ConfigError as error:

@@ -206,12 +206,25 @@ def test_wrong_words(words, text, capsys):
         ({"sources": []}, "has no sources"),
         ({"include": ["hopper-random"]}, "includes hopper-random, which is recorded in hopper"),
         ({"source": []}, "unknown key 'source'. Did you mean 'sources'"),
+        ({"include": ["bad"]}, "includes itself"),
+        ({"sources": ["random"]}, "source 'random' must read"),
+        (
+            {"sources": [{"from": "random", "steps": "many"}]},
+            "steps: 'many' of a source is of the wrong type",
+        ),
+        ({"sources": [{"from": "random", "steps": 9, "noise": True}]}, "noise: True of a source"),
+        ({"sources": {"from": "random"}}, "must be of type list"),
+        ({"version": "one"}, "version: one must be of type int"),
+        ("", "has no version"),
+        ("version: 1\n", "has no env"),
+        ("version: [1\nenv: hopper\n", r"line \d+: not valid YAML"),
     ],
 )
 def test_wrong_sets(tmp_path, body, text):
     place = tmp_path / "suite" / "toy"
     place.mkdir(parents=True)
-    (place / "bad.yaml").write_text(yaml.safe_dump({"version": 1, "env": "walker2d", **body}))
+    whole = body if isinstance(body, str) else yaml.safe_dump({"version": 1, "env": "walker2d", **body})
+    (place / "bad.yaml").write_text(whole)
     shipped = (config_dir() / "suite" / "mujoco_v5" / "hopper-random.yaml").read_text()
     (place / "hopper-random.yaml").write_text(shipped)
     with pytest.raises(ConfigError, match=text):
