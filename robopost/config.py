@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Typed schema of a run. YAML only overrides it; inside the library there are only these dataclasses."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """User-facing errors: one line that names the key, the value, the allowed range and the fix."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Names to classes. Configs and checkpoints select by name, never by import path."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The algorithm contract: a config dataclass and a class with `update(batch) -> metrics`, in one file each."""
 
 from __future__ import annotations

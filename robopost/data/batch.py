@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`Batch`, the one shape of experience every algorithm reads, and `Spec`, what an environment or a dataset offers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Normalisation that travels with the policy: observations standardised or scaled, actions mapped to [-1, 1]."""
 
 from __future__ import annotations

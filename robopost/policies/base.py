@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The policy contract: raw observations in, executable actions out, normaliser inside."""
 
 from __future__ import annotations
