@@ -109,6 +109,21 @@ def test_fallback_in_parts_is_the_fallback(monkeypatch):
     assert torch.equal(whole.squared, parts.squared)
 
 
+@pytest.mark.parametrize(("k", "beta"), [(1, 0.0), (1, 2.0), (3, 2.0), (3, 1e4)])
+def test_fallback_by_matrix_products_is_the_fallback(monkeypatch, k, beta):
+    state, action = pairs(9001)  # neither whole sweeps nor whole blocks
+    steps, query = queries(action, 60, noise=3.0)
+    swept = []
+    sweep = neighbour_search.ListSearch._sweep
+    monkeypatch.setattr(
+        neighbour_search.ListSearch, "_sweep", lambda *args: swept.append(True) or sweep(*args)
+    )
+    monkeypatch.setattr(neighbour_search, "NODE_COST", 1e9)
+    found = Neighbours.open(state, action, list_bytes=4).search(steps, query, beta, k)
+    assert_exact(found, state, action, steps, query, beta, k)
+    assert swept
+
+
 def test_lists_hold_every_leaf_within_the_radius_with_a_distance_rounded_down():
     state, action = gait(2000)
     search = Neighbours.open(state, action, list_bytes=128).lists
