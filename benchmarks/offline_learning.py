@@ -25,6 +25,7 @@ Runs stay in runs/offline_learning/: the online cells go on from them.
 """
 
 import json
+import math
 import shutil
 import time
 from dataclasses import replace
@@ -176,10 +177,17 @@ def interval(draws):
     return float(low), float(high)
 
 
-def difference(bench, name, ours, theirs, note):
-    """Figure: mean difference of two (sets, seeds) tables of scores; empty until every cell is there."""
-    value = float(np.mean(ours) - np.mean(theirs))
-    bounds = interval(resampled(ours, 0) - resampled(theirs, 1))
+def difference(bench, name, table, ours, theirs, over, note):
+    """Figure: mean difference of scores over the sets on which every seed of both was run."""
+    pairs = [np.asarray(table(algo, over), float) for algo in (ours, theirs)]
+    run = np.isfinite(np.concatenate(pairs, axis=1)).all(1)
+    missing = [name for name, there in zip(over, run, strict=True) if not there]
+    note += f"; {int(run.sum())} of {len(over)} sets" + (
+        f", not run: {', '.join(missing)}" if missing else ""
+    )
+    mine, base = (values[run] for values in pairs)
+    value = float(mine.mean() - base.mean()) if run.any() else math.nan
+    bounds = interval(resampled(mine, 0) - resampled(base, 1)) if run.any() else (math.nan, math.nan)
     bench.figure(name, value, interval=bounds, unit="points", target=0.0, note=note)
 
 
@@ -221,12 +229,12 @@ def run(bench: Bench) -> None:
 
     table = lambda algo, over: [[scores[name, algo, seed] for seed in seeds] for name in over]  # noqa: E731
     report(bench, table, sets, gaining)
-    note = f"{len(sets)} sets, {len(seeds)} seeds, {updates} updates, mujoco_v5"
+    note = f"{len(seeds)} seeds, {updates} updates, mujoco_v5"
     for algo in ("prdc", "a2pr"):
-        difference(bench, f"{algo}_score_minus_td3bc", table(algo, sets), table("td3_bc", sets), note)
-    after = (table("famo2o_iql_online", gaining), table("iql_online", gaining))
-    note = f"after {steps} online steps, {len(gaining)} sets, {len(seeds)} seeds, mujoco_v5"
-    difference(bench, "famo2o_online_minus_base", *after, note)
+        difference(bench, f"{algo}_score_minus_td3bc", table, algo, "td3_bc", sets, note)
+    note = f"after {steps} online steps, {len(seeds)} seeds, mujoco_v5"
+    names = ("famo2o_iql_online", "iql_online")
+    difference(bench, "famo2o_online_minus_base", table, *names, gaining, note)
 
 
 def report(bench, table, sets, gaining):
