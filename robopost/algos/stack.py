@@ -23,13 +23,13 @@ from robopost.algos.base import Algorithm, Metrics
 from robopost.data.batch import Batch
 from robopost.errors import ConfigError
 from robopost.nets import fused
-from robopost.nets.flat import Flat
+from robopost.nets.flat import Flat, FlatAdam
 from robopost.nets.seeds import SeedNoise, StackedFlat
 from robopost.nets.transformer import ChunkTransformer
 from robopost.nets.vectorise import escape, vectorise
 
 # Elementwise: one step over the memory of all seeds is every seed's own.
-OPTIMIZERS = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
+OPTIMIZERS = (FlatAdam, torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)
 # Whose random numbers or running statistics torch.vmap doesn't carry over to several seeds, or whose kernels it
 # would call seed by seed.
 UNSTACKABLE = (

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,12 +56,15 @@ class Flat:
 
     def backward(self, loss: Tensor) -> None:
         """Write d loss / d params into `grad`; gradients of anything else are not computed."""
-        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
-        pieces = [
-            torch.zeros_like(p).view(-1) if g is None else g.reshape(-1)
-            for p, g in zip(self.params, grads, strict=True)
-        ]
-        torch.cat(pieces, out=self.grad)
+        self.pull_back([loss], None)
+
+    def pull_back(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
+        """As `backward` for a loss of `outputs` whose gradient in each of them is known.
+
+        A closed form takes a handful of operations where the graph of a loss has dozens, each with its own overhead.
+        """
+        grads = torch.autograd.grad(outputs, self.params, gradients, allow_unused=True)
+        torch.cat(flattened(self.params, grads), out=self.grad)
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale `grad` to a norm of at most `max_norm`; returns the norm before, a scalar tensor."""
@@ -75,11 +79,68 @@ class Flat:
             self.data.lerp_(source.data, weight)
 
 
+def flattened(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients as vectors, zeros for parameters without one."""
+    return [
+        torch.zeros_like(p).view(-1) if g is None else g.reshape(-1)
+        for p, g in zip(params, grads, strict=True)
+    ]
+
+
+class FlatAdam(torch.optim.Adam):
+    """torch's fused Adam, the same to the bit, without its bookkeeping for many parameters on many devices.
+
+    That takes longer than the update of a small network. The state is torch's own, and so is every step that is not
+    a plain one on a CPU: the first, on a GPU, compiled, or with an option that `adam` does not set.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+        """One step from the gradients at hand."""
+        if (
+            closure is not None
+            or torch.compiler.is_compiling()
+            or not all(map(self._plain, self.param_groups))
+        ):
+            return super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                self._update(group)
+        return None
+
+    # torch wraps `step` for its profiler and for hooks, which nothing here registers.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def _plain(self, group: dict[str, Any]) -> bool:
+        p = group["params"][0]
+        usual = group["fused"] and not (group["amsgrad"] or group["maximize"] or group["capturable"])
+        return usual and len(group["params"]) == 1 and p.grad is not None and bool(self.state.get(p))
+
+    def _update(self, group: dict[str, Any]) -> None:
+        p = group["params"][0]
+        state, (beta1, beta2) = self.state[p], group["betas"]
+        state["step"].add_(1)
+        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+            [p],
+            [p.grad],
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            lr=group["lr"],
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
 def adam(flat: Flat, lr: float, *, scheduled: bool = False, **options: Any) -> torch.optim.Adam:
     """Fused Adam over `flat`. With `scheduled`, `set_lr` also works under a captured graph."""
     cuda = flat.data.is_cuda
     rate = torch.tensor(lr, device=flat.data.device) if cuda and scheduled else lr
-    return torch.optim.Adam([flat.param], lr=rate, fused=True, capturable=cuda, **options)
+    return FlatAdam([flat.param], lr=rate, fused=True, capturable=cuda, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

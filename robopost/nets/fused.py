@@ -17,7 +17,7 @@ Gradients are the same to float32 rounding on both paths.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -85,8 +85,13 @@ def usable(net: nn.Sequential, x: Tensor) -> bool:
         return False
     if not _is_perceptron(net):
         return False
-    weights = [layer.weight for layer in list(net._modules.values())[::2] if isinstance(layer.weight, Tensor)]
-    return _large(x.shape[0], weights)
+    return _large(x.shape[0], parameters(net)[::2])
+
+
+def parameters(net: nn.Sequential) -> list[Any]:
+    """Weight and bias of each layer of a perceptron; `net.parameters()` takes as long as a small matrix product."""
+    layers = [layer._parameters for layer in list(net._modules.values())[::2] if layer is not None]
+    return [layer[name] for layer in layers for name in ("weight", "bias")]
 
 
 def _is_perceptron(net: nn.Sequential) -> bool:
@@ -107,8 +112,10 @@ def mlp(net: nn.Sequential, x: Tensor, weights: list[Tensor] | None = None) -> T
         x: (B, in).
         weights: replaces its parameters, in their order (a detached tensor gets no gradient).
     """
-    parts = net.parameters() if weights is None else weights
-    return escape(_seeds, x, *parts) if _stacked else _Perceptron.apply(x, *parts)
+    parts = parameters(net) if weights is None else weights
+    if _stacked:
+        return escape(_seeds, x, *parts)
+    return _Perceptron.apply(x, *parts) if torch.is_grad_enabled() else _evaluate(x, parts)[0]
 
 
 def kept_rows(net: nn.Sequential, x: Tensor, mask: Tensor) -> Tensor | None:
@@ -125,6 +132,13 @@ def _kept(mask: Tensor) -> Tensor | None:
     return mask.argsort(descending=True, stable=True)[:count] if count < mask.shape[0] else None
 
 
+def _with_gradient(grad: Tensor) -> Tensor | None:
+    """`_kept` of the rows where a gradient isn't zero."""
+    if int(grad.count_nonzero()) > (grad.shape[0] - ROW_STEP) * grad.shape[1]:
+        return None  # too few rows of zeros, without a look at each
+    return _kept(grad.any(-1))
+
+
 def _seeds(x: Tensor, *weights: Tensor) -> Tensor:
     """The perceptrons of all seeds: x (N, B, in), weights (N, ...) -> (N, B, out) or (N, E, B, out)."""
     slow_mkl = x.device.type == "cpu" and (preferred() if _override is None else _override and available())
@@ -136,22 +150,43 @@ def _seeds(x: Tensor, *weights: Tensor) -> Tensor:
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, post: str) -> Tensor:
     """post(x weight^T + bias) with oneDNN, any strides; `post` is "none" or "relu"."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, post, [], "")
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, post, [], "")
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor | None = None, post: str = "none") -> Tensor:
     """`_linear` where the product is large; on small ones MKL has the lower overhead."""
-    if x.shape[0] * weight.numel() >= MIN_WORK:
+    if x.shape[0] * weight.shape[0] * weight.shape[1] >= MIN_WORK:
         return _linear(x, weight, bias, post)
     out = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     return out.relu_() if post == "relu" else out
 
 
-def _rows(weight: Tensor, bias: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Per member: weight as (out, in) and bias as (out,)."""
-    if weight.dim() == 2:
-        return [(weight, bias)]
-    return [(w.t(), b.view(-1)) for w, b in zip(weight.unbind(), bias.unbind(), strict=True)]
+def _product(grad: Tensor, inputs: Tensor) -> Tensor:
+    """grad^T inputs (out, in). oneDNN copies its first factor where that is transposed: the narrower one."""
+    if inputs.shape[1] < grad.shape[1]:
+        return _dense(inputs.t(), grad.t()).t()
+    return _dense(grad.t(), inputs.t())
+
+
+def _matrices(weight: Tensor) -> Sequence[Tensor]:
+    """Per member: weight as (out, in)."""
+    return [weight] if weight.dim() == 2 else weight.mT.unbind()
+
+
+def _evaluate(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Output of a perceptron, and what every hidden layer gave to each member."""
+    stacked = weights[0].dim() == 3
+    hidden = [x] * (weights[0].shape[0] if stacked else 1)
+    saved: list[Tensor] = []
+    for index in range(0, len(weights), 2):
+        last = index == len(weights) - 2
+        matrices, bias = _matrices(weights[index]), weights[index + 1]
+        biases = bias.flatten(1).unbind() if stacked else [bias]
+        layer = zip(hidden, matrices, biases, strict=True)
+        hidden = [_dense(h, w, b, "none" if last else "relu") for h, w, b in layer]
+        if not last:
+            saved += hidden
+    return torch.stack(hidden) if stacked else hidden[0], saved
 
 
 class _Perceptron(torch.autograd.Function):
@@ -159,18 +194,10 @@ class _Perceptron(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
-        layers = list(zip(weights[::2], weights[1::2], strict=True))
-        members = 1 if weights[0].dim() == 2 else weights[0].shape[0]
-        hidden = [x] * members
-        saved = []
-        for index, (weight, bias) in enumerate(layers):
-            post = "relu" if index < len(layers) - 1 else "none"
-            rows = _rows(weight, bias)
-            hidden = [_dense(h, w, b, post) for h, (w, b) in zip(hidden, rows, strict=True)]
-            saved += hidden if post == "relu" else []
+        out, saved = _evaluate(x, weights)
         ctx.save_for_backward(x, *weights, *saved)
-        ctx.members = members
-        return hidden[0] if weights[0].dim() == 2 else torch.stack(hidden)
+        ctx.members = 1 if weights[0].dim() == 2 else weights[0].shape[0]
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -182,7 +209,7 @@ class _Perceptron(torch.autograd.Function):
         grad_x: Tensor | None = None
         stacked = weights[0].dim() == 3
         flow = list(grad.unbind()) if stacked else [grad]
-        rows = _kept(flow[0].any(-1)) if members == 1 else None
+        rows = _with_gradient(flow[0]) if members == 1 else None
         if rows is not None:
             batch = x.shape[0]
             x, flow[0], *saved = (tensor.index_select(0, rows) for tensor in (x, flow[0], *saved))
@@ -191,16 +218,16 @@ class _Perceptron(torch.autograd.Function):
             inputs = [x] * members if layer == 0 else saved[(layer - 1) * members : layer * members]
             if ctx.needs_input_grad[1 + 2 * layer]:
                 if stacked:
-                    parts = [_dense(h.t(), g.t()) for h, g in zip(inputs, flow, strict=True)]
+                    parts = [_product(h, g) for h, g in zip(inputs, flow, strict=True)]
                     grads[2 * layer] = torch.stack(parts) if members > 1 else parts[0].unsqueeze(0)
                 else:
-                    grads[2 * layer] = _dense(flow[0].t(), inputs[0].t())
+                    grads[2 * layer] = _product(flow[0], inputs[0])
             if ctx.needs_input_grad[2 + 2 * layer]:
                 sums = [g.sum(0) for g in flow]
                 grads[2 * layer + 1] = torch.stack(sums).view(bias.shape) if stacked else sums[0]
             if layer == 0 and not ctx.needs_input_grad[0]:
                 break
-            flow = [_dense(g, w.t()) for g, (w, _) in zip(flow, _rows(weight, bias), strict=True)]
+            flow = [_dense(g, w.t()) for g, w in zip(flow, _matrices(weight), strict=True)]
             if layer > 0:
                 for g, h in zip(flow, inputs, strict=True):
                     torch.ops.aten.threshold_backward.grad_input(g, h, 0, grad_input=g)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robopost.nets.flat import Flat
+from robopost.nets.flat import Flat, flattened
 from robopost.nets.vectorise import escape
 
 
@@ -66,7 +66,11 @@ class StackedFlat:
 
     def backward(self, loss: Tensor) -> None:
         """Write every seed's own gradient into `grad`; `loss` is a scalar in here, (N,) in truth."""
-        self._anchor = escape(self._backward, loss)
+        self.pull_back([loss], None)
+
+    def pull_back(self, outputs: Sequence[Tensor], gradients: Sequence[Tensor] | None) -> None:
+        """As `backward` for losses of `outputs` whose gradient in each of them is known."""
+        self._anchor = escape(self._backward, *outputs, *(gradients or []))
 
     def clip(self, max_norm: float) -> Tensor:
         """Scale every seed's gradient to a norm of at most `max_norm`; returns the norm before.
@@ -87,14 +91,13 @@ class StackedFlat:
         pieces = zip(vector.split(sizes), self._shapes, strict=True)
         return [piece.view(self.seeds, *shape) for piece, shape in pieces]
 
-    def _backward(self, losses: Tensor) -> Tensor:
-        grads = torch.autograd.grad(losses.sum(), self.leaves, allow_unused=True)
-        pieces = [
-            torch.zeros_like(p).view(-1) if g is None else g.reshape(-1)
-            for p, g in zip(self.leaves, grads, strict=True)
-        ]
-        torch.cat(pieces, out=self.grad)
-        return losses.detach()
+    def _backward(self, *tensors: Tensor) -> Tensor:
+        """Of the losses alone, or of outputs followed by their gradients."""
+        half = len(tensors) // 2
+        outputs, given = ([tensors[0].sum()], None) if half == 0 else (tensors[:half], tensors[half:])
+        grads = torch.autograd.grad(outputs, self.leaves, given, allow_unused=True)
+        torch.cat(flattened(self.leaves, grads), out=self.grad)
+        return tensors[0].detach()
 
     def _clip(self, max_norm: float) -> Tensor:
         blocks = self._blocks(self.grad)

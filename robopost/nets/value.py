@@ -147,3 +147,9 @@ class ValueNet(nn.Module):
     def forward(self, obs: Obs) -> Tensor:
         """Normalised observations to values."""
         return self.net(self.join(obs)).squeeze(-1)
+
+    def pair(self, obs: Obs, next_obs: Obs) -> tuple[Tensor, Tensor]:
+        """Values (B,) of observations and of those that follow, in one pass."""
+        values = self.net(torch.cat([self.join(obs), self.join(next_obs)])).squeeze(-1)
+        first, second = values.chunk(2)
+        return first, second

@@ -110,8 +110,12 @@ class Family(Gaussian):
             coefficient: (B,) c.
             frozen: compute gradients with respect to the inputs alone, not the network's weights.
         """
+        return self.head(self.member_output(features, coefficient, frozen))
+
+    def member_output(self, features: Tensor, coefficient: Tensor, frozen: bool = False) -> Tensor:
+        """Output of the member's network, what `head` takes; arguments as `member`."""
         x = torch.cat([features, encode(coefficient, self.rates)], -1)
-        return self.head(self.net.frozen(x) if frozen else self.net(x))
+        return self.net.frozen(x) if frozen else self.net(x)
 
     def rescale(self, squashed: Tensor) -> Tensor:
         """Output of the balance model in [-1, 1] to a coefficient."""

@@ -90,7 +90,21 @@ class Gaussian(Policy):
 
         A state-dependent log-std is mapped smoothly into its bounds by tanh, or clamped as a constant one is.
         """
-        return self.head(self.net(self.encoder(obs, augment)))
+        return self.head(self.output(obs, augment))
+
+    def output(self, obs: Obs, augment: torch.Generator | None = None) -> Tensor:
+        """Output of `net`, what `head` takes."""
+        return self.net(self.encoder(obs, augment))
+
+    @property
+    def constant_std(self) -> bool:
+        """One learned std for all states and no squashing: losses have closed forms, see `constant_head`."""
+        return not (self.config.state_std or self.config.squash)
+
+    def constant_head(self, out: Tensor) -> tuple[Tensor, Tensor]:
+        """`head` where `constant_std`, flat: mean (B, H * A) and log-std (H * A,)."""
+        log_std = self.log_std.clamp(self.config.log_std_min, self.config.log_std_max)
+        return out.tanh() if self.config.mean_tanh else out, log_std
 
     def head(self, out: Tensor) -> tuple[Tensor, Tensor]:
         """Output of `net` to mean and log-std (B, H, A)."""

@@ -11,6 +11,7 @@ from robopost.algos.offline.iql import (
     IQLConfig,
     advantage_weights,
     expectile_loss,
+    gaussian_cloning_loss,
     q_loss,
     weighted_cloning_loss,
 )
@@ -25,7 +26,7 @@ def fit_value(samples, expectile):
 
     def closure():
         optimizer.zero_grad()
-        loss = expectile_loss(samples - value, expectile)
+        loss, _ = expectile_loss(samples - value, expectile)
         loss.backward()
         return loss
 
@@ -37,15 +38,15 @@ def test_expectile_half_is_the_mean_and_half_the_squared_error():
     samples = torch.tensor([0.0, 1.0, 5.0])
     assert fit_value(samples, 0.5) == pytest.approx(2.0, abs=1e-4)
     diff = samples - 2.0
-    assert expectile_loss(diff, 0.5) == pytest.approx(0.5 * diff.square().mean().item())
+    assert expectile_loss(diff, 0.5)[0] == pytest.approx(0.5 * diff.square().mean().item())
 
 
 def test_high_expectile_nears_the_maximum_and_the_loss_is_not_negative():
     samples = torch.tensor([0.0, 1.0, 5.0])
     assert 4.8 < fit_value(samples, 0.99) < 5.0
     # By hand at 0.7: 0.7 * 9 for +3, 0.3 * 4 for -2.
-    assert expectile_loss(torch.tensor([3.0, -2.0]), 0.7) == pytest.approx((6.3 + 1.2) / 2)
-    assert (expectile_loss(torch.randn(100), 0.9) >= 0).all()
+    assert expectile_loss(torch.tensor([3.0, -2.0]), 0.7)[0] == pytest.approx((6.3 + 1.2) / 2)
+    assert expectile_loss(torch.randn(100), 0.9)[0] >= 0
 
 
 def test_weights_are_exponential_capped_and_detached():
@@ -67,8 +68,33 @@ def test_beta_zero_is_behaviour_cloning(lab):
 
 def test_presets_scale_the_q_loss_differently():
     q, target = torch.tensor([[1.0], [2.0]]), torch.tensor([0.0])
-    assert q_loss(q, target, "original") == 5.0
-    assert q_loss(q, target, "corl") == 2.5
+    assert q_loss(q, target, "original")[0] == 5.0
+    assert q_loss(q, target, "corl")[0] == 2.5
+
+
+@pytest.mark.parametrize("variant", ["original", "corl"])
+def test_closed_form_gradient_of_the_q_loss_is_autograd_s(variant):
+    q = torch.randn(2, 8, dtype=torch.float64, requires_grad=True)
+    loss, gradient = q_loss(q, torch.randn(8, dtype=torch.float64), variant)
+    assert torch.allclose(torch.autograd.grad(loss, q)[0], gradient.detach())
+
+
+def test_closed_form_gradient_of_the_expectile_loss_is_autograd_s():
+    diff = torch.randn(16, dtype=torch.float64, requires_grad=True)
+    loss, gradient = expectile_loss(diff, 0.8)
+    assert torch.allclose(torch.autograd.grad(loss, diff)[0], gradient.detach())
+
+
+def test_closed_form_gradient_of_gaussian_cloning_is_autograd_s():
+    mean = torch.randn(16, 3, dtype=torch.float64, requires_grad=True)
+    log_std = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    weights, action = torch.rand(16, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64)
+    loss, *gradients = gaussian_cloning_loss(weights, action, mean, log_std)
+    log_prob = torch.distributions.Normal(mean, log_std.exp()).log_prob(action).sum(-1)
+    expected = weighted_cloning_loss(weights, log_prob)
+    assert torch.allclose(loss, expected)
+    for gradient, reference in zip(gradients, torch.autograd.grad(expected, (mean, log_std)), strict=True):
+        assert torch.allclose(gradient.detach(), reference)
 
 
 @pytest.mark.parametrize("variant", ["original", "corl"])

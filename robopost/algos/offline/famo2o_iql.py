@@ -178,9 +178,13 @@ class FamO2OIQL(IQL):
         """IQL's policy update with beta = c, of the member with the same c."""
         limit = self.config.max_weight
         weights = advantage_weights(advantage, coefficient, limit)
-        member = self.policy.member(features, coefficient)
-        loss = weighted_cloning_loss(weights, self.policy.chunk_log_prob(batch.action[:, None], *member))
-        self._actor_flat.backward(loss)
+        out = self.policy.member_output(features, coefficient)
+        if self.policy.constant_std:
+            loss = self.clone_gaussian(weights, batch.action, out)
+        else:
+            log_prob = self.policy.chunk_log_prob(batch.action[:, None], *self.policy.head(out))
+            loss = weighted_cloning_loss(weights, log_prob)
+            self._actor_flat.backward(loss)
         self.actor_optimizer.step()
         return {
             "loss/actor": loss.detach(),

@@ -22,6 +22,7 @@ from robopost.errors import ConfigError, unknown
 from robopost.nets.flat import Flat, adam, frozen_copy, set_lr
 from robopost.nets.value import QEnsemble, ValueNet
 from robopost.policies.base import Policy
+from robopost.policies.gaussian import HALF_LOG_2PI, Gaussian
 from robopost.registry import ALGOS
 
 VARIANTS = ("original", "corl")
@@ -71,10 +72,12 @@ class IQLConfig(IQLCoreConfig):
             raise ConfigError(f"algo.beta={self.beta} must be 0 (behaviour cloning) or more")
 
 
-def expectile_loss(diff: Tensor, expectile: float) -> Tensor:
-    """Mean |tau - 1[u < 0]| u^2 with u = Q(s, a) - V(s) (Kostrikov et al. 2021, eq. 4 and 5)."""
-    weight = torch.where(diff < 0, 1 - expectile, expectile)
-    return (weight * diff.square()).mean()
+def expectile_loss(diff: Tensor, expectile: float) -> tuple[Tensor, Tensor]:
+    """Mean |tau - 1[u < 0]| u^2 with u = Q(s, a) - V(s) (Kostrikov et al. 2021, eq. 4 and 5), and its gradient in u."""
+    # |tau - 1[u < 0]| u as one operation.
+    weighted = nn.functional.leaky_relu(diff, (1 - expectile) / expectile)
+    scale = expectile / diff.numel()
+    return (weighted * diff).sum() * scale, weighted * (2 * scale)
 
 
 def advantage_weights(advantage: Tensor, beta: float | Tensor, limit: float) -> Tensor:
@@ -90,13 +93,33 @@ def weighted_cloning_loss(weights: Tensor, log_prob: Tensor) -> Tensor:
     return -(weights * log_prob).mean()
 
 
-def q_loss(q: Tensor, target: Tensor, variant: str) -> Tensor:
-    """Squared error to r + gamma V(s') (Kostrikov et al. 2021, eq. 6); q (E, B).
+def gaussian_cloning_loss(
+    weights: Tensor, action: Tensor, mean: Tensor, log_std: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`weighted_cloning_loss` of a Gaussian with one std for all states, and its gradients in mean and log-std.
+
+    Args:
+        weights: (B,).
+        action: (B, A).
+        mean: (B, A).
+        log_std: (A,).
+    """
+    inverse = (-log_std).exp()
+    error = (action - mean) * inverse
+    weighted = error * (weights / len(weights))[:, None]
+    squares, total = (weighted * error).sum(0), weights.mean()
+    loss = 0.5 * squares.sum() + total * (log_std.sum() + HALF_LOG_2PI * len(log_std))
+    return loss, weighted * -inverse, total - squares
+
+
+def q_loss(q: Tensor, target: Tensor, variant: str) -> tuple[Tensor, Tensor]:
+    """Squared error to r + gamma V(s') (Kostrikov et al. 2021, eq. 6), and its gradient in q (E, B).
 
     The original sums over critics, CORL averages: half the gradient for two critics.
     """
-    errors = (q - target).square().mean(1)
-    return errors.sum() if variant == "original" else errors.mean()
+    error = q - target
+    scale = 1 / (q.shape[1] if variant == "original" else q.numel())
+    return error.square().sum() * scale, error * (2 * scale)
 
 
 @ALGOS.register("iql", config=IQLConfig)
@@ -184,28 +207,32 @@ class IQL(Algorithm):
             target_q = self.critic_target(batch.obs, batch.action).amin(0)
             old_next_value = self.value(batch.next_obs) if self.config.variant == "corl" else None
         value = self.value(batch.obs)
-        metrics = self._value_step(target_q - value) | {"value/v_mean": value.detach().mean()}
+        metrics = self._value_step(value, target_q)
         if old_next_value is None:
             # The reference's order: V first, then pi and Q with the new V.
             with torch.no_grad():
-                new_value, next_value = self.value(batch.obs), self.value(batch.next_obs)
+                new_value, next_value = self.value.pair(batch.obs, batch.next_obs)
             metrics |= policy_step(batch, target_q - new_value)
             return metrics | self._critic_step(batch, next_value)
         # CORL's order: everything with the V from before its step, pi last.
         metrics |= self._critic_step(batch, old_next_value)
         return metrics | policy_step(batch, target_q - value.detach())
 
-    def _value_step(self, diff: Tensor) -> Metrics:
-        loss = expectile_loss(diff, self.config.expectile)
-        self._value_flat.backward(loss)
+    def _value_step(self, value: Tensor, target_q: Tensor) -> Metrics:
+        old = value.detach()
+        loss, slope = expectile_loss(target_q - old, self.config.expectile)
+        self._value_flat.pull_back([value], [-slope])
         self.value_optimizer.step()
-        return {"loss/value": loss.detach()}
+        return {"loss/value": loss, "value/v_mean": old.mean()}
 
     def _policy_step(self, batch: Batch, advantage: Tensor) -> Metrics:
         weights = advantage_weights(advantage, self.config.beta, self.config.max_weight)
-        log_prob = self.policy.action_log_prob(batch.obs, batch.action[:, None])  # type: ignore[operator]
-        loss = weighted_cloning_loss(weights, log_prob)
-        self._actor_flat.backward(loss)
+        if isinstance(self.policy, Gaussian) and self.policy.constant_std:
+            loss = self.clone_gaussian(weights, batch.action, self.policy.output(batch.obs))
+        else:
+            log_prob = self.policy.action_log_prob(batch.obs, batch.action[:, None])  # type: ignore[operator]
+            loss = weighted_cloning_loss(weights, log_prob)
+            self._actor_flat.backward(loss)
         self.actor_optimizer.step()
         return {
             "loss/actor": loss.detach(),
@@ -213,10 +240,18 @@ class IQL(Algorithm):
             "value/advantage_mean": advantage.mean(),
         }
 
+    def clone_gaussian(self, weights: Tensor, action: Tensor, out: Tensor) -> Tensor:
+        """The policy's gradient in closed form, from the output (B, A) of its network; returns the loss."""
+        mean, log_std = self.policy.constant_head(out)  # type: ignore[operator]
+        loss, *slopes = gaussian_cloning_loss(weights, action, mean.detach(), log_std.detach())
+        self._actor_flat.pull_back([mean, log_std], slopes)
+        return loss
+
     def _critic_step(self, batch: Batch, next_value: Tensor) -> Metrics:
         q = self.critic(batch.obs, batch.action)
-        loss = q_loss(q, batch.reward + batch.discount * next_value, self.config.variant)
-        self._critic_flat.backward(loss)
+        target = torch.addcmul(batch.reward, batch.discount, next_value)
+        loss, slope = q_loss(q.detach(), target, self.config.variant)
+        self._critic_flat.pull_back([q], [slope])
         self.critic_optimizer.step()
         self._critic_target_flat.lerp(self._critic_flat, self.config.tau)
-        return {"loss/critic": loss.detach(), "value/q_mean": q.detach().mean()}
+        return {"loss/critic": loss, "value/q_mean": q.detach().mean()}
