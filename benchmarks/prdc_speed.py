@@ -177,7 +177,7 @@ def exact_rate(algo, dataset, queries=512):
     obs = dataset.transitions_at(steps).obs
     with torch.no_grad():
         action = algo.policy.sample(obs, deterministic=True)[0][:, 0]
-    found = algo.neighbours.search(steps, action, BETA)
+    found = algo.neighbours.search(steps, action)
     key = torch.cat([BETA * obs["state"], action], 1).double()
     least = torch.full((queries,), torch.inf, dtype=torch.float64)
     for part in torch.arange(dataset.num_steps).split(20_000):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Search of one dataset's pairs on a CPU: leaf lists first, the whole tree for what they can't certify."""
+"""Search of one dataset's pairs on a CPU: each step's list, then all pairs for what a list can't certify."""
 
 from __future__ import annotations
 
@@ -10,15 +10,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robopost.data.neighbour_lists import BINS, ID_BITS, STEPS_OF_RADIUS, Lists
-from robopost.data.neighbour_tree import FAN, LEAF, Tree, gap
+from robopost.data.neighbour_cells import ROUNDING, Cells
 
 MARGIN = 1e-5  # relative, on squared distances: bounds never rule out a pair for rounding
-PAIRS = 1 << 18  # (query, node) pairs the fallback holds at once
-NODE_COST = 128  # of a node the tree visits, in pairs swept by a matrix product (measured)
-SWEPT = 4096  # pairs per product, so that it stays in cache
+BOX = 1 + 1e-6  # of actions that lists answer for
+SWEPT = 4096  # pairs per matrix product, so that it stays in cache
 BLOCK = 64  # pairs per minimum of a sweep
-ROUNDING = 2.0**-18  # of a product of 50 float32 terms, relative to the norms
+ROWS = 64  # queries swept at once
+AROUND = 16  # steps around a query's own that its first bound comes from
 
 
 class Found(NamedTuple):
@@ -42,155 +41,68 @@ class Keys:
     def __len__(self) -> int:
         return len(self.action)
 
-    def at(self, rows: Tensor | slice) -> Keys:
+    def at(self, rows: Tensor) -> Keys:
         """Some of the queries."""
         return Keys(self.state[rows], self.action[rows], self.beta, self.k)
 
 
-@dataclass
-class Leaves:
-    """Candidates in order of queries: row, leaf, and a lower bound of beta^2 |s - s_j|^2, (P,) each."""
+class CellSearch:
+    """Exact search by lists, then by matrix products; see `robopost.data.neighbours`."""
 
-    row: Tensor
-    leaf: Tensor
-    near: Tensor
-
-    def at(self, keep: Tensor) -> Leaves:
-        """Some of the candidates."""
-        return Leaves(*(values.index_select(0, keep) for values in (self.row, self.leaf, self.near)))
-
-
-class ListSearch:
-    """Exact search by lists, then by tree; see `robopost.data.neighbours`."""
-
-    def __init__(self, state: Tensor, action: Tensor, tree: Tree, lists: Lists) -> None:
-        self.state, self.action = state, action
-        self.tree, self.lists = tree, lists
+    def __init__(self, state: Tensor, action: Tensor, cells: Cells) -> None:
+        self.state, self.action, self.cells = state, action, cells
 
     def __call__(self, steps: Tensor, action: Tensor, beta: float, k: int, *, exact: bool = True) -> Found:
-        """The k nearest of (state of `steps` (B,), `action` (B, A)); see `Neighbours.lookup`."""
+        """The k nearest of (state of `steps` (B,), `action` (B, A)); see `Neighbours.search`."""
+        cells = self.cells
         keys = Keys(self.state.index_select(0, steps), action, beta, k)
         own = (action - self.action.index_select(0, steps)).square().sum(1)
-        bound = own if k == 1 else self._seed(steps, keys)
-        ids, squared = self._score(keys, self._listed(steps, bound, beta), bound)
+        bound = own if k == 1 else self._around(steps, keys)
+        size = cells.count.index_select(0, steps).long()
+        end = size.cumsum(0)
+        total = int(end[-1])
+        row = torch.repeat_interleave(torch.arange(len(steps)), size, output_size=total)
+        place = torch.arange(total).add_(
+            (cells.start.index_select(0, steps) - end + size).index_select(0, row)
+        )
+        near = cells.near.index_select(0, place)
+        limit = bound * (1 + MARGIN) + 1e-12
+        keep = torch.nonzero(near <= limit.index_select(0, row)).view(-1)
+        row, near = row.index_select(0, keep), near.index_select(0, keep)
+        step = cells.step.index_select(0, place.index_select(0, keep))
+        apart = self.action.index_select(0, step).sub_(action.index_select(0, row)).square_().sum(1)
+        ids, squared = nearest(row, apart.add_(near), step.long(), len(keys), k)
         if k == 1:  # without a list at least the step's own pair is known
-            found = squared.isfinite()
-            ids, squared = torch.where(found, ids, steps[:, None]), torch.where(found, squared, own[:, None])
-        certified = squared[:, -1] * (1 + MARGIN) <= (beta * self.lists.radius) ** 2
+            held = squared.isfinite()
+            ids, squared = torch.where(held, ids, steps[:, None]), torch.where(held, squared, own[:, None])
+        # Nothing that was cut off can be nearer, and lists hold what any action of the box needs.
+        last = squared[:, -1]
+        certified = (last * (1 + MARGIN) < cells.limit.index_select(0, steps)) & last.isfinite()
+        certified &= (action.abs() <= BOX).all(1)
         # Without a certificate; or, where that is enough, with fewer than k pairs on the list.
-        asked = ~certified if exact else ~squared[:, -1].isfinite()
+        asked = ~certified if exact else ~last.isfinite()
         rows = torch.nonzero(asked).view(-1)
-        if len(rows):
-            ids[rows], squared[rows] = self._descend(keys.at(rows), bound[rows], ids[rows], squared[rows])
+        for part in rows.split(ROWS) if len(rows) else ():
+            ids[part], squared[part] = self._sweep(keys.at(part), torch.minimum(bound, last)[part])
         return Found(ids, squared, certified, asked)
 
-    def _seed(self, steps: Tensor, keys: Keys) -> Tensor:
+    def _around(self, steps: Tensor, keys: Keys) -> Tensor:
         """(B,) squared distance of the k-th nearest of the steps around each row's own: an upper bound."""
         count = len(self.state)
-        span = min(max(2 * keys.k, LEAF), count)
+        span = min(max(2 * keys.k, AROUND), count)
         first = (steps - span // 2).clamp(min=0, max=count - span)
         step = (first[:, None] + torch.arange(span)).view(-1)
         row = torch.arange(len(steps)).repeat_interleave(span)
         squared = pair_distance(self.state, self.action, keys, row, step)
         return squared.view(-1, span).kthvalue(keys.k, dim=1).values
 
-    def _listed(self, steps: Tensor, bound: Tensor, beta: float) -> Leaves:
-        """All listed leaves whose states can be within `bound` (B,)."""
-        lists = self.lists
-        last = torch.full_like(steps, BINS - 1)
-        if beta * lists.radius > 0:
-            level = (bound * (1 + MARGIN)).sqrt_() * (STEPS_OF_RADIUS / (beta * lists.radius))
-            last = (level.clamp_(max=STEPS_OF_RADIUS - 1).long() * BINS).div_(
-                STEPS_OF_RADIUS, rounding_mode="floor"
-            )
-        size = lists.count.index_select(0, steps * BINS + last).long()
-        end = size.cumsum(0)
-        total = int(end[-1])
-        row = torch.repeat_interleave(torch.arange(len(steps)), size, output_size=total)
-        place = torch.arange(total) + (lists.start.index_select(0, steps) - end + size).index_select(0, row)
-        entry = lists.entries.index_select(0, place)
-        near = ((entry >> ID_BITS) * (beta * lists.radius / STEPS_OF_RADIUS)).square_()
-        return Leaves(row, entry & ((1 << ID_BITS) - 1), near)
-
-    def _score(self, keys: Keys, found: Leaves, bound: Tensor) -> tuple[Tensor, Tensor]:
-        """The k nearest pairs (B, k) of the candidates, of those no further than `bound` (B,) squared."""
-        tree, width = self.tree, self.tree.width
-        boxes = tree.levels[-1]
-        action = keys.action.index_select(0, found.row)
-        centre, half = (v.index_select(0, found.leaf) for v in (boxes.action, boxes.action_half))
-        apart = gap(action, centre, half).add_(found.near)
-        if keys.k <= width:
-            bound = torch.minimum(bound, self._probe(keys, found, apart))
-        limit = bound * (1 + MARGIN) + 1e-12
-        found = found.at(torch.nonzero(apart < limit.index_select(0, found.row)).view(-1))
-        block = tree.action.index_select(0, found.leaf).view(-1, action.shape[1], width)
-        apart = (block - keys.action.index_select(0, found.row)[:, :, None]).square_().sum(1)
-        least = (limit.index_select(0, found.row) - found.near)[:, None]
-        pair = torch.nonzero((apart < least).view(-1)).view(-1)
-        which = pair.div(width, rounding_mode="floor")
-        place = found.leaf.index_select(0, which).long() * width + (pair - which * width)
-        row = found.row.index_select(0, which)
-        away = tree.state.index_select(0, place).sub_(keys.state.index_select(0, row)).square_().sum(1)
-        squared = away.mul_(keys.beta * keys.beta).add_(apart.view(-1).index_select(0, pair))
-        return nearest(row, squared, tree.steps.view(-1).index_select(0, place), len(keys), keys.k)
-
-    def _probe(self, keys: Keys, found: Leaves, apart: Tensor) -> Tensor:
-        """(B,) an upper bound of the k-th squared distance, from the leaf with the smallest lower bound."""
-        tree, rows = self.tree, len(keys)
-        least = torch.full((rows,), math.inf).scatter_reduce_(0, found.row, apart, "amin")
-        first = torch.nonzero(apart == least.index_select(0, found.row)).view(-1)
-        chosen = torch.full((rows,), -1, dtype=found.leaf.dtype)
-        chosen.index_copy_(0, found.row.index_select(0, first), found.leaf.index_select(0, first))
-        held = torch.nonzero(chosen >= 0).view(-1)
-        pick = chosen.index_select(0, held).long()
-        block = tree.action.index_select(0, pick).view(-1, keys.action.shape[1], tree.width)
-        away = (block - keys.action.index_select(0, held)[:, :, None]).square_().sum(1)
-        # One pair is enough where one is asked for; its state is far off in memory.
-        away, column = away.topk(keys.k if keys.k == 1 else tree.width, largest=False)
-        place = (pick[:, None] * tree.width + column).view(-1)
-        state = keys.state.index_select(0, held).repeat_interleave(column.shape[1], 0)
-        state = tree.state.index_select(0, place).sub_(state).square_().sum(1).view(column.shape)
-        away = away.add_(state.mul_(keys.beta * keys.beta)).kthvalue(keys.k, dim=1).values
-        return torch.full((rows,), math.inf).index_copy_(0, held, away)
-
-    def _descend(self, keys: Keys, bound: Tensor, ids: Tensor, squared: Tensor) -> tuple[Tensor, Tensor]:
-        """The k nearest of everything, given the k best of the lists: a search of the tree from its root.
-
-        Leaves that aren't listed are at least `radius` away, and so are, for this purpose, their ancestors.
-        """
-        levels, square = self.tree.levels, keys.beta * keys.beta
-        bound = torch.minimum(bound, squared[:, -1])
-        floor, limit = square * self.lists.radius**2, bound * (1 + MARGIN) + 1e-12
-        first = len(levels[0].action)
-        row = torch.arange(len(keys)).repeat_interleave(first)
-        node, near = torch.arange(first).repeat(len(keys)), torch.zeros(0)
-        for depth, boxes in enumerate(levels):
-            if depth:
-                row = row.repeat_interleave(2**FAN)
-                node = (node[:, None] * 2**FAN + torch.arange(2**FAN)).view(-1)
-            if len(row) > PAIRS and len(keys) > 1:
-                half = len(keys) // 2
-                parts = [slice(0, half), slice(half, None)]
-                found = [self._descend(keys.at(p), bound[p], ids[p], squared[p]) for p in parts]
-                return torch.cat([one[0] for one in found]), torch.cat([one[1] for one in found])
-            apart = gap(keys.action[row], boxes.action[node], boxes.action_half[node])
-            keep = torch.nonzero(apart + floor < limit[row]).view(-1)
-            row, node, apart = row[keep], node[keep], apart[keep]
-            near = (
-                gap(keys.state[row], boxes.state[node], boxes.state_half[node]).mul_(square).clamp_(min=floor)
-            )
-            keep = torch.nonzero(apart + near < limit[row]).view(-1)
-            row, node, near = row[keep], node[keep], near[keep]
-            if len(row) * 2**FAN * NODE_COST > len(keys) * len(self.state) and depth < len(levels) - 1:
-                return merge(ids, squared, *self._sweep(keys, limit))
-        return merge(ids, squared, *self._score(keys, Leaves(row, node, near), bound))
-
-    def _sweep(self, keys: Keys, limit: Tensor) -> tuple[Tensor, Tensor]:
-        """The k nearest pairs within `limit` (B,): all of them, by matrix products where a tree rules out little.
+    def _sweep(self, keys: Keys, bound: Tensor) -> tuple[Tensor, Tensor]:
+        """The k nearest of all pairs, given an upper bound (B,) of the k-th squared distance.
 
         A block of pairs is scored in difference form where its smallest product, less what rounding can have
-        added, is within the limit.
+        added, is within the bound.
         """
+        limit = bound * (1 + MARGIN) + 1e-12
         query = torch.cat([keys.state * keys.beta, keys.action, torch.ones(len(keys), 1)], 1)
         size = query[:, :-1].square().sum(1)
         rows, steps = [], []
@@ -249,13 +161,3 @@ def nearest(row: Tensor, squared: Tensor, step: Tensor, rows: int, k: int) -> tu
     ids = torch.zeros(rows * k, dtype=torch.int64).index_copy_(0, place, step[keep])
     best = torch.full((rows * k,), math.inf).index_copy_(0, place, squared[keep])
     return ids.view(rows, k), best.view(rows, k)
-
-
-def merge(ids: Tensor, squared: Tensor, more: Tensor, away: Tensor) -> tuple[Tensor, Tensor]:
-    """The k nearest of two answers (B, k), a step that is in both counted once."""
-    k = ids.shape[1]
-    twice = (more[:, :, None] == ids[:, None]) & squared.isfinite()[:, None]
-    away = away.masked_fill(twice.any(2), math.inf)
-    step, order = torch.cat([ids, more], 1).sort(dim=1, stable=True)
-    squared, best = torch.cat([squared, away], 1).gather(1, order).sort(dim=1, stable=True)
-    return step.gather(1, best[:, :k]), squared[:, :k]

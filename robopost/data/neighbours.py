@@ -1,21 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Exact nearest neighbours of (beta * s) ++ a in a dataset, for queries whose state is the dataset's own.
 
-The distance from a key (s_i, a) to a pair j is d^2 = beta^2 |s_i - s_j|^2 + |a - a_j|^2, and |s_i - s_j| depends on
-the dataset alone. So per step i the leaves of a tree over all pairs are listed by the distance of their nearest
-state (`Lists`, independent of beta and of the policy). On a CPU a query
+On a CPU the few pairs that can be nearest to a step's state with any action at all are listed once
+(`robopost.data.neighbour_cells`); a query looks at the list of its step.
 
-1. reads its list as far as beta times the distance can beat the step's own pair,
-2. drops leaves whose box of actions is too far from a, first by that bound, then by one pair of the best leaf,
-3. scores the pairs that are left in difference form, in float32.
-
-**Certificate.** A leaf that is not on the list is at least `radius` away, so the answer is final when the k-th
-best distance is at most beta * radius. **Fallback.** Other queries descend the whole tree, where a node counts with
-the larger of its own state distance and `radius`: every answer is exact, beta = 0 included.
+**Certificate.** A list answers exactly for every action of the box [-1, 1], unless it was cut off to bound memory:
+then where the k-th best squared distance is at most the weight from which on pairs were cut. **Fallback.** Other
+queries are scored against all pairs by matrix products: every answer is exact, beta = 0 included.
 
 On a GPU all queries are scored against all pairs: a matrix product whose blockwise minima are taken piece by
 piece, and the pairs of the best blocks again in difference form. No shape depends on the data, so that it can be
-captured, and no index is needed.
+captured, and no index is needed. An answer counts as certified where rounding can't have hidden a nearer block;
+there is no second search for the rest.
 """
 
 from __future__ import annotations
@@ -30,17 +26,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robopost.data.neighbour_lists import VERSION, Lists, build_lists, load_or_build
-from robopost.data.neighbour_search import Found, Keys, ListSearch, pair_distance
-from robopost.data.neighbour_tree import LEAF, STATE_WEIGHT, grow, plant
+from robopost.data.neighbour_cells import ENTRY, ROUNDING, Write, build_cells
+from robopost.data.neighbour_index import VERSION, in_memory, load_or_build
+from robopost.data.neighbour_search import CellSearch, Found, Keys, pair_distance
 from robopost.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 BLOCK = 128  # pairs per minimum of the brute-force search
 BLOCKS = 8  # blocks it scores again
 PIECE = 1 << 16  # pairs per matrix product, a multiple of BLOCK
-ROUNDING = 2.0**-18  # of a product of 50 float32 terms, relative to the norms
 SEARCHES = ("exact", "lists")
+LIST_BYTES = 16384  # 2048 pairs
 
 
 class Neighbours:
@@ -49,17 +45,21 @@ class Neighbours:
     Attributes:
         state: (N, S) normalised.
         action: (N, A) normalised.
+        beta: weight of the state in the distance.
+        k: how many neighbours a search finds.
         lists: the search on a CPU, None on a GPU.
         seconds: what building the index took, 0 where it was opened.
     """
 
-    def __init__(self, state: Tensor, action: Tensor, lists: ListSearch | None) -> None:
+    def __init__(self, state: Tensor, action: Tensor, beta: float, k: int, lists: CellSearch | None) -> None:
         """Use `open`."""
         self.state = state
         self.action = action
+        self.beta = beta
+        self.k = k
         self.lists = lists
         self.seconds = 0.0
-        self._tables: dict[float, tuple[Tensor, Tensor, Tensor]] = {}
+        self._table: tuple[Tensor, Tensor, Tensor] | None = None
 
     @classmethod
     def open(
@@ -67,23 +67,27 @@ class Neighbours:
         state: Tensor,
         action: Tensor,
         *,
+        beta: float,
+        k: int = 1,
         name: str = "memory",
         folder: str | Path | None = None,
         cache: Path | None = None,
-        list_bytes: int = 2048,
+        list_bytes: int = LIST_BYTES,
     ) -> Neighbours:
-        """Check the pairs and open or build their index (none is needed on a GPU).
+        """Check the pairs and open or build their index (none is needed on a GPU, nor with beta = 0).
 
         Args:
             state: (N, S) normalised states, one per dataset step.
             action: (N, A) normalised actions.
+            beta: weight of the state, 0 or more.
+            k: how many neighbours; needs N > k.
             name: id of the dataset.
             folder: where the index is kept; None = a folder in `cache` that is named by its content.
             cache: None, with `folder` None, keeps the index in memory.
-            list_bytes: average size of a step's list, which bounds the index: N * list_bytes.
+            list_bytes: most bytes of a step's list, which bounds the index: N * list_bytes.
 
         Raises:
-            DataError: no pairs, NaN or inf, or `folder` holds the index of another dataset.
+            DataError: no more than k pairs, NaN or inf, or `folder` holds the index of another dataset or beta.
             ConfigError: `list_bytes` is negative.
         """
         if list_bytes < 0:
@@ -92,34 +96,36 @@ class Neighbours:
             raise DataError(f"dataset {name} has {len(state)} states and {len(action)} actions")
         if len(state) == 0:
             raise DataError(f"dataset {name} has no steps: there is nothing to search in")
+        if k >= len(state):
+            raise DataError(f"algo.k={k} needs at least {k + 1} dataset steps, {name} has {len(state)}")
         for what, values in (("state", state), ("action", action)):
             if not bool(torch.isfinite(values).all()):
                 raise DataError(f"dataset {name} has NaN or inf in {what}. Fix: robopost data verify")
         state, action = (values.detach().to(torch.float32).contiguous() for values in (state, action))
         if state.is_cuda:
-            return cls(state, action, None)
+            return cls(state, action, beta, k, None)
         identity: dict[str, Any] = {
             "version": VERSION,
             "dataset": name,
             "content": _digest(state, action),
             "steps": len(state),
+            "beta": beta,
+            "k": k,
             "list_bytes": list_bytes,
-            "tree": [LEAF, STATE_WEIGHT],
         }
         started = time.perf_counter()
         built = []
 
-        def make(sink: Any) -> tuple[Tensor, Lists]:
+        def make(write: Write) -> tuple[Tensor, Tensor, Tensor]:
             built.append(True)
             log.info("building the neighbour index of %s: %d steps", name, len(state))
-            steps = grow(state, action)
-            return steps, build_lists(state, plant(steps, state, action), list_bytes, sink)
+            return build_cells(state, action, beta, k, list_bytes // ENTRY, write)
 
-        if folder is None and cache is not None:
+        if folder is None and cache is not None and beta > 0:
             mark = hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=6).hexdigest()
             folder = cache / f"neighbours-{mark}"
-        steps, lists = make(None) if folder is None else load_or_build(Path(folder), identity, make)
-        out = cls(state, action, ListSearch(state, action, plant(steps, state, action), lists))
+        cells = in_memory(make) if folder is None else load_or_build(Path(folder), identity, make)
+        out = cls(state, action, beta, k, CellSearch(state, action, cells))
         out.seconds = time.perf_counter() - started if built else 0.0
         return out
 
@@ -127,16 +133,12 @@ class Neighbours:
         return len(self.state)
 
     @torch.no_grad()
-    def lookup(
-        self, steps: Tensor, action: Tensor, beta: float, *, k: int = 1, kth: bool = False, exact: bool = True
-    ) -> Tensor:
+    def lookup(self, steps: Tensor, action: Tensor, *, kth: bool = False, exact: bool = True) -> Tensor:
         """The nearest neighbours of (state of `steps`, `action`), row by row.
 
         Args:
             steps: (B,) int64 dataset steps.
             action: (B, A) normalised; no gradient flows through it.
-            beta: weight of the state, 0 or more.
-            k: how many; needs N > k.
             kth: the k-th alone instead of the mean of all k.
             exact: False takes answers without a certificate as they are (CPU only).
 
@@ -144,7 +146,7 @@ class Neighbours:
             (B, A + 4): mean action of the k nearest, distance of the k-th, share of them that are the step
             itself, 1 where the answer is certified without the fallback, 1 where the fallback was asked.
         """
-        found = self.search(steps, action, beta, k, exact=exact)
+        found = self.search(steps, action, exact=exact)
         ids = found.ids[:, -1:] if kth else found.ids
         mean = self.action.index_select(0, ids.reshape(-1)).view(*ids.shape, -1).mean(1)
         own = (ids == steps[:, None]).float().mean(1)
@@ -152,25 +154,19 @@ class Neighbours:
         return torch.cat([mean, torch.stack(rest, 1)], 1)
 
     @torch.no_grad()
-    def search(self, steps: Tensor, action: Tensor, beta: float, k: int = 1, *, exact: bool = True) -> Found:
-        """The k nearest pairs of each (state of `steps` (B,), `action` (B, A)), ties to the earlier step.
-
-        Raises:
-            DataError: there are fewer than k + 1 steps.
-        """
-        if k >= len(self):
-            raise DataError(f"algo.k={k} needs at least {k + 1} dataset steps, there are {len(self)}")
+    def search(self, steps: Tensor, action: Tensor, *, exact: bool = True) -> Found:
+        """The k nearest pairs of each (state of `steps` (B,), `action` (B, A)), ties to the earlier step."""
         if self.lists is None:
-            return self.brute(steps, action, beta, k)
-        return self.lists(steps, action, beta, k, exact=exact)
+            return self.brute(steps, action)
+        return self.lists(steps, action, self.beta, self.k, exact=exact)
 
     @torch.no_grad()
-    def brute(self, steps: Tensor, action: Tensor, beta: float, k: int = 1) -> Found:
+    def brute(self, steps: Tensor, action: Tensor) -> Found:
         """As `search`, by scoring every pair; shapes depend on nothing but B, N and k."""
-        count = len(self)
-        keys = Keys(self.state.index_select(0, steps), action, beta, k)
-        table, norm, reach = self._table(beta)
-        query = torch.cat([keys.state * beta, action], 1)
+        count, k = len(self), self.k
+        keys = Keys(self.state.index_select(0, steps), action, self.beta, k)
+        table, norm, reach = self._keys()
+        query = torch.cat([keys.state * self.beta, action], 1)
         matmul = torch.backends.cuda.matmul
         before, matmul.allow_tf32 = matmul.allow_tf32, False  # ten bits of mantissa would choose wrong blocks
         try:
@@ -198,17 +194,15 @@ class Neighbours:
         certified = (squared[:, -1] <= rest) | (scored == blocks.shape[1])
         return Found(ids, squared, certified, torch.zeros_like(certified))
 
-    def _table(self, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    def _keys(self) -> tuple[Tensor, Tensor, Tensor]:
         """Keys of all pairs (N', S + A), padded to whole blocks, their squared norms, inf on padding, the largest."""
-        if beta not in self._tables:
-            table = torch.cat([self.state * beta, self.action], 1)
+        if self._table is None:
+            table = torch.cat([self.state * self.beta, self.action], 1)
             holes = -len(table) % BLOCK
             norm = table.square().sum(1)
             pad = torch.nn.functional.pad
-            self._tables = {
-                beta: (pad(table, (0, 0, 0, holes)), pad(norm, (0, holes), value=math.inf), norm.max())
-            }
-        return self._tables[beta]
+            self._table = (pad(table, (0, 0, 0, holes)), pad(norm, (0, holes), value=math.inf), norm.max())
+        return self._table
 
 
 def _digest(*values: Tensor) -> str:

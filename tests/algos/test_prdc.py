@@ -114,7 +114,7 @@ def test_q_differs_by_at_most_the_lipschitz_bound(lab, beta):
     state, steps = states(dataset, algo.policy), torch.arange(500)
     action = torch.rand(500, 2, generator=g) * 2 - 1
     u, v = torch.randn(5, generator=g), torch.randn(2, generator=g)
-    found = algo.neighbours.search(steps, action, beta)
+    found = algo.neighbours.search(steps, action)
     near = found.ids[:, 0]
     gap = (state @ u + action @ v - state[near] @ u - dataset.action[near] @ v).abs()
     bound = (u.norm() / beta + v.norm()) * found.squared[:, 0].sqrt()
@@ -140,7 +140,7 @@ def test_the_constraint_prevents_overestimation(lab):
             algo.update(dataset.sample(128, g, gamma=0.9, extra=("step",)))
         with torch.no_grad():
             chosen = algo.policy({"state": state})[:, 0]
-            target = algo.neighbours.lookup(torch.arange(rows), chosen, 2.0)[:, :2]
+            target = algo.neighbours.lookup(torch.arange(rows), chosen)[:, :2]
             q = algo.critic({"state": state}, chosen)[0]
         results[alpha] = ((chosen - target).norm(dim=1).mean().item(), q.max().item())
     assert results[0.5][1] <= 0 < results[1e6][1], results

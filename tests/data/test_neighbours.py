@@ -4,13 +4,11 @@
 import functools
 import json
 
-import numpy as np
 import pytest
 import torch
 
 from robopost.data import neighbour_search
-from robopost.data.neighbour_lists import BINS, ID_BITS
-from robopost.data.neighbour_tree import FAR, gap, grow, plant
+from robopost.data.neighbour_cells import compact, first_copies
 from robopost.data.neighbours import Neighbours
 from robopost.errors import ConfigError, DataError
 
@@ -58,134 +56,136 @@ def assert_exact(found, state, action, steps, query, beta, k=1):
 def test_search_is_brute_force_in_float64(beta, k):
     state, action = pairs(5000)
     steps, query = queries(action, 200)
-    index = Neighbours.open(state, action, list_bytes=256)
-    assert_exact(index.search(steps, query, beta, k), state, action, steps, query, beta, k)
-    found = index.brute(steps, query, beta, k)
+    index = Neighbours.open(state, action, beta=beta, k=k)
+    assert_exact(index.search(steps, query), state, action, steps, query, beta, k)
+    found = index.brute(steps, query)
     assert_exact(found, state, action, steps, query, beta, k)
     assert found.certified.all()
 
 
 @functools.cache
-def dense(list_bytes, rows):
-    return Neighbours.open(*gait(rows), list_bytes=list_bytes)
+def dense(list_bytes, rows, k=1):
+    return Neighbours.open(*gait(rows), beta=2.0, k=k, list_bytes=list_bytes)
 
 
 @pytest.mark.parametrize("noise", [0.2, 3.0])
-@pytest.mark.parametrize(
-    ("list_bytes", "rows"), [(4, 20_000), (64, 20_000), (256, 20_000), (0, 2000), (4096, 2000)]
-)
-def test_lists_of_any_length_give_the_exact_answer(list_bytes, rows, noise):
-    state, action = gait(rows)
+@pytest.mark.parametrize("list_bytes", [0, 8, 40, 16384])
+def test_lists_of_any_length_give_the_exact_answer(list_bytes, noise):
+    state, action = gait(5000)
     steps, query = queries(action, 100, noise=noise)
-    index = dense(list_bytes, rows)
-    found = index.search(steps, query, 2.0)
+    index = dense(list_bytes, 5000)
+    found = index.search(steps, query)
     assert_exact(found, state, action, steps, query, 2.0)
     assert torch.equal(found.asked, ~found.certified)
-    rough = index.search(steps, query, 2.0, exact=False)
+    rough = index.search(steps, query, exact=False)
     assert torch.equal(rough.certified, found.certified)
     assert not rough.asked.any()
     assert torch.equal(rough.ids[rough.certified], found.ids[rough.certified])
     assert (rough.squared >= found.squared - 1e-6).all()
     if list_bytes == 0:
         assert not found.certified.any()
+    if list_bytes == 16384:
+        assert found.certified.all()
 
 
 def test_longer_lists_certify_more_and_shorter_ones_ask_the_fallback():
-    steps, query = queries(gait(20_000)[1], 200, noise=0.2)
-    found = [dense(size, 20_000).search(steps, query, 2.0) for size in (4, 64, 256)]
-    rates = [answer.certified.float().mean() for answer in found]
-    assert rates[0] < rates[1] < rates[2]
-    assert rates[0] < 0.5 < rates[2]
+    steps, query = queries(gait(5000)[1], 200, noise=0.2)
+    rates = [dense(size, 5000).search(steps, query).certified.float().mean() for size in (8, 40, 16384)]
+    assert rates[0] < rates[1] < rates[2] == 1
 
 
-def test_fallback_in_parts_is_the_fallback(monkeypatch):
-    state, action = gait(3000)
-    steps, query = queries(action, 50, noise=2.0)
-    index = Neighbours.open(state, action, list_bytes=8)
-    whole = index.search(steps, query, 0.5, 3)
-    monkeypatch.setattr(neighbour_search, "PAIRS", 64)
-    parts = index.search(steps, query, 0.5, 3)
-    assert torch.equal(whole.ids, parts.ids)
-    assert torch.equal(whole.squared, parts.squared)
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_lists_hold_the_nearest_of_every_action_of_the_box_and_little_else(k):
+    state, action = gait(5000)
+    cells = dense(16384, 5000, k).lists.cells
+    g = torch.Generator().manual_seed(3)
+    inside = torch.rand(300, 3, generator=g) * 2 - 1
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    for step in (0, 2500, 4999):
+        at, size = int(cells.start[step]), int(cells.count[step])
+        listed, near = cells.step[at : at + size].tolist(), cells.near[at : at + size]
+        assert (near[1:] >= near[:-1]).all()
+        weight = 4 * (state[listed].double() - state[step].double()).square().sum(1)
+        assert torch.allclose(near.double(), weight, rtol=1e-5, atol=1e-9)
+        asked = torch.cat([inside, corners])
+        _, nearest = truth(state, action, torch.full((len(asked),), step), asked, 2.0, k)
+        assert set(nearest.flatten().tolist()) <= set(listed)
+        assert size < 250 * k
+    assert cells.limit.isinf().all()
+
+
+def test_actions_outside_the_box_ask_the_fallback():
+    state, action = gait(5000)
+    steps, query = queries(action, 64)
+    query[::2] *= 3
+    outside = (query.abs() > 1).any(1)
+    found = dense(16384, 5000).search(steps, query)
+    assert torch.equal(found.asked, outside)
+    assert_exact(found, state, action, steps, query, 2.0)
 
 
 @pytest.mark.parametrize(("k", "beta"), [(1, 0.0), (1, 2.0), (3, 2.0), (3, 1e4)])
-def test_fallback_by_matrix_products_is_the_fallback(monkeypatch, k, beta):
+def test_fallback_sweeps_all_pairs(monkeypatch, k, beta):
     state, action = pairs(9001)  # neither whole sweeps nor whole blocks
     steps, query = queries(action, 60, noise=3.0)
-    swept = []
-    sweep = neighbour_search.ListSearch._sweep
-    monkeypatch.setattr(
-        neighbour_search.ListSearch, "_sweep", lambda *args: swept.append(True) or sweep(*args)
-    )
-    monkeypatch.setattr(neighbour_search, "NODE_COST", 1e9)
-    found = Neighbours.open(state, action, list_bytes=4).search(steps, query, beta, k)
+    index = Neighbours.open(state, action, beta=beta, k=k, list_bytes=0)
+    found = index.search(steps, query)
+    assert found.asked.all()
     assert_exact(found, state, action, steps, query, beta, k)
-    assert swept
+    monkeypatch.setattr(neighbour_search, "ROWS", 7)
+    parts = index.search(steps, query)
+    assert torch.equal(found.ids, parts.ids)
+    assert torch.allclose(found.squared, parts.squared)
 
 
-def test_lists_hold_every_leaf_within_the_radius_with_a_distance_rounded_down():
-    state, action = gait(2000)
-    search = Neighbours.open(state, action, list_bytes=128).lists
-    tree, lists = search.tree, search.lists
-    assert 0 < lists.radius < 5
-    held = tree.steps < 2000
-    for step in (0, 999, 1999):
-        each = (state[step].double() - tree.state.double().view(*tree.steps.shape, -1)).norm(dim=2)
-        nearest = each.masked_fill(~held, float("inf")).amin(1)
-        size = int(lists.count[step * BINS + BINS - 1])
-        entry = lists.entries[lists.start[step] : lists.start[step] + size]
-        assert (entry[1:] >= entry[:-1]).all()
-        leaf, level = (entry & ((1 << ID_BITS) - 1)).long(), entry >> ID_BITS
-        assert set(leaf.tolist()) >= set(torch.nonzero(nearest < lists.radius).view(-1).tolist())
-        lower = level * lists.radius / 255
-        assert (lower <= nearest[leaf] + 1e-9).all()
-        assert (nearest[leaf] - lower < 2 * lists.radius / 255 + 0.02).all()
-        for b in range(BINS):
-            assert lists.count[step * BINS + b] == (level * BINS // 255 <= b).sum()
+def test_groups_hold_every_row_once_and_are_close():
+    x, _ = gait(3000)
+    groups = compact(x, 100, torch.Generator().manual_seed(0))
+    assert torch.equal(torch.cat(groups).sort().values, torch.arange(3000))
+    within = sum((x[group] - x[group].mean(0)).square().sum() for group in groups)
+    assert within < 0.2 * (x - x.mean(0)).square().sum()
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17, 33, 1000])
-def test_tree_holds_every_pair_once_within_its_boxes(rows):
-    state, action = pairs(rows)
-    tree = plant(grow(state, action), state, action)
-    steps = tree.steps.view(-1)
-    real = steps < rows
-    assert torch.equal(steps[real].sort().values, torch.arange(rows))
-    assert torch.equal(tree.state[real], state[steps[real]])
-    block = tree.action.view(tree.leaves, 3, tree.width).transpose(1, 2).reshape(-1, 3)
-    assert torch.equal(block[real], action[steps[real]])
-    assert (block[~real] == FAR).all()
-    for boxes in tree.levels:
-        node = torch.arange(len(steps)) * len(boxes.action) // len(steps)
-        inside = gap(block.clone(), boxes.action[node], boxes.action_half[node])
-        assert (inside[real] == 0).all()
-        assert (gap(tree.state.clone(), boxes.state[node], boxes.state_half[node])[real] == 0).all()
+def test_later_copies_of_a_pair_are_no_candidates():
+    state, action = pairs(4)
+    state, action = state[[0, 1, 0, 2, 0, 3]], action[[0, 1, 0, 2, 0, 3]]
+    assert first_copies(state, action, 1).tolist() == [0, 1, 3, 5]
+    assert first_copies(state, action, 2).tolist() == [0, 1, 2, 3, 5]
+    assert first_copies(torch.tensor([[0.0], [-0.0]]), torch.zeros(2, 1), 1).tolist() == [0]
+
+
+def test_a_dataset_of_one_repeated_pair_is_answered_at_once():
+    state, action = pairs(1)
+    state, action = state.repeat(20_000, 1), action.repeat(20_000, 1)
+    found = Neighbours.open(state, action, beta=2.0).search(torch.tensor([7, 19_999]), action[:2] * 0.5)
+    assert found.ids.tolist() == [[0], [0]]
+    assert found.certified.all()
 
 
 def test_one_neighbour_by_hand_and_what_lookup_returns():
     state = torch.tensor([[0.0], [1.0], [3.0]])
     action = torch.tensor([[0.0], [0.9], [-1.0]])
-    index = Neighbours.open(state, action)
     # beta 0.5: d^2 to the three is 0.64, 0.25 + 0.01, 2.25 + 3.24.
-    out = index.lookup(torch.tensor([0]), torch.tensor([[0.8]]), 0.5)
+    one = Neighbours.open(state, action, beta=0.5)
+    out = one.lookup(torch.tensor([0]), torch.tensor([[0.8]]))
     assert torch.allclose(out[:, :3], torch.tensor([[0.9, 0.26**0.5, 0.0]]))
     # k = 2: the mean of 0.9 and the own 0.0; the k-th alone is the own pair at 0.8.
-    both = index.lookup(torch.tensor([0]), torch.tensor([[0.8]]), 0.5, k=2)
+    index = Neighbours.open(state, action, beta=0.5, k=2)
+    both = index.lookup(torch.tensor([0]), torch.tensor([[0.8]]))
     assert torch.allclose(both[:, :3], torch.tensor([[0.45, 0.8, 0.5]]))
-    kth = index.lookup(torch.tensor([0]), torch.tensor([[0.8]]), 0.5, k=2, kth=True)
+    kth = index.lookup(torch.tensor([0]), torch.tensor([[0.8]]), kth=True)
     assert torch.allclose(kth[:, :3], torch.tensor([[0.0, 0.8, 1.0]]))
 
 
 def test_ties_go_to_the_earlier_step():
     state, action = pairs(300)
     state, action = state.repeat(3, 1), action.repeat(3, 1)
-    index = Neighbours.open(state, action, list_bytes=16)
     steps = torch.arange(600, 900)
     for beta in (0.0, 2.0):
-        assert (index.search(steps, action[steps], beta).ids < 300).all()
-        assert (index.brute(steps, action[steps], beta).ids < 300).all()
-        three = index.search(steps, action[steps], beta, 3).ids
+        index = Neighbours.open(state, action, beta=beta)
+        assert (index.search(steps, action[steps]).ids < 300).all()
+        assert (index.brute(steps, action[steps]).ids < 300).all()
+        three = Neighbours.open(state, action, beta=beta, k=3).search(steps, action[steps]).ids
         assert torch.equal(three, torch.stack([steps - 600, steps - 300, steps], 1))
 
 
@@ -193,18 +193,19 @@ def test_constant_and_equal_states():
     state, action = pairs(500)
     state[:, 2] = 0.7
     steps, query = queries(action, 50)
-    assert_exact(Neighbours.open(state, action).search(steps, query, 2.0), state, action, steps, query, 2.0)
+    found = Neighbours.open(state, action, beta=2.0).search(steps, query)
+    assert_exact(found, state, action, steps, query, 2.0)
     state[:] = 0.7  # nothing but the action tells pairs apart
     for list_bytes in (8, 4096):
-        found = Neighbours.open(state, action, list_bytes=list_bytes).search(steps, query, 2.0, 3)
+        found = Neighbours.open(state, action, beta=2.0, k=3, list_bytes=list_bytes).search(steps, query)
         assert_exact(found, state, action, steps, query, 2.0, 3)
 
 
 def test_translating_all_states_changes_nothing():
     state, action = gait(2000)
     steps, query = queries(action, 100)
-    here = Neighbours.open(state, action, list_bytes=64).search(steps, query, 2.0)
-    moved = Neighbours.open(state + 10.0, action, list_bytes=64).search(steps, query, 2.0)
+    here = Neighbours.open(state, action, beta=2.0).search(steps, query)
+    moved = Neighbours.open(state + 10.0, action, beta=2.0).search(steps, query)
     assert torch.equal(here.ids, moved.ids)
     assert torch.allclose(here.squared, moved.squared, rtol=1e-3, atol=1e-5)
 
@@ -212,51 +213,51 @@ def test_translating_all_states_changes_nothing():
 def test_answers_do_not_depend_on_what_was_asked_before():
     state, action = gait(3000)
     steps, query = queries(action, 64)
-    index = Neighbours.open(state, action, list_bytes=32)
-    first = index.lookup(steps, query, 2.0)
-    index.lookup(*queries(action, 64, seed=9), 2.0)
-    assert torch.equal(index.lookup(steps, query, 2.0), first)
-    halves = torch.cat(
-        [index.lookup(steps[part], query[part], 2.0) for part in (slice(0, 20), slice(20, 64))]
-    )
+    index = Neighbours.open(state, action, beta=2.0, list_bytes=32)
+    first = index.lookup(steps, query)
+    index.lookup(*queries(action, 64, seed=9))
+    assert torch.equal(index.lookup(steps, query), first)
+    halves = torch.cat([index.lookup(steps[part], query[part]) for part in (slice(0, 20), slice(20, 64))])
     assert torch.equal(halves, first)
 
 
 def test_index_is_stored_and_used_again(tmp_path):
     state, action = gait(3000)
     steps, query = queries(action, 64)
-    built = Neighbours.open(state, action, name="d", folder=tmp_path / "index", list_bytes=64)
+    built = Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path / "index", list_bytes=64)
     assert built.seconds > 0
-    again = Neighbours.open(state, action, name="d", folder=tmp_path / "index", list_bytes=64)
+    again = Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path / "index", list_bytes=64)
     assert again.seconds == 0
-    memory = Neighbours.open(state, action, name="d", list_bytes=64)
+    memory = Neighbours.open(state, action, beta=2.0, name="d", list_bytes=64)
     for other in (again, memory):
-        assert torch.equal(other.lookup(steps, query, 2.0), built.lookup(steps, query, 2.0))
+        assert torch.equal(other.lookup(steps, query), built.lookup(steps, query))
     assert [p.name for p in tmp_path.iterdir()] == ["index"]
     total = sum(p.stat().st_size for p in (tmp_path / "index").iterdir())
-    assert total < 3000 * (64 * 1.5 + 8 + 4 * BINS + 8)
+    assert total < 3000 * (64 + 8 + 4 + 4) + 1000
 
 
 def test_cache_keeps_one_index_per_content(tmp_path):
     state, action = gait(500)
     for shift in (0.0, 1.0):
-        Neighbours.open(state + shift, action, name="d", cache=tmp_path, list_bytes=64)
-        assert Neighbours.open(state + shift, action, name="d", cache=tmp_path, list_bytes=64).seconds == 0
+        Neighbours.open(state + shift, action, beta=2.0, name="d", cache=tmp_path)
+        assert Neighbours.open(state + shift, action, beta=2.0, name="d", cache=tmp_path).seconds == 0
     assert len(list(tmp_path.glob("neighbours-*"))) == 2
 
 
 def test_index_of_another_dataset_is_refused(tmp_path):
     state, action = gait(500)
     folder = tmp_path / "index"
-    Neighbours.open(state, action, name="d", folder=folder, list_bytes=64)
+    Neighbours.open(state, action, beta=2.0, name="d", folder=folder, list_bytes=64)
     for changed in (
         {"name": "e"},
         {"state": state * 1.01},  # another normaliser
         {"state": state[:, :5]},  # other observation keys
         {"action": -action},
+        {"beta": 3.0},
+        {"k": 2},
         {"list_bytes": 32},
     ):
-        options = {"state": state, "action": action, "name": "d", "list_bytes": 64} | changed
+        options = {"state": state, "action": action, "beta": 2.0, "name": "d", "list_bytes": 64} | changed
         with pytest.raises(DataError, match=r"index .*belongs to another dataset.*Fix: another algo.index="):
             Neighbours.open(options.pop("state"), options.pop("action"), folder=folder, **options)
 
@@ -264,14 +265,14 @@ def test_index_of_another_dataset_is_refused(tmp_path):
 def test_torn_index_is_built_again(tmp_path):
     state, action = gait(500)
     folder = tmp_path / "index"
-    first = Neighbours.open(state, action, name="d", folder=folder, list_bytes=64)
+    first = Neighbours.open(state, action, beta=2.0, name="d", folder=folder, list_bytes=64)
     steps, query = queries(action, 20)
-    expected = first.lookup(steps, query, 2.0)
-    for name in ("entries", "start", "steps"):
-        (folder / f"{name}.bin").write_bytes((folder / f"{name}.bin").read_bytes()[:-400])
-        again = Neighbours.open(state, action, name="d", folder=folder, list_bytes=64)
+    expected = first.lookup(steps, query)
+    for name in ("near", "start", "step"):
+        (folder / f"{name}.bin").write_bytes((folder / f"{name}.bin").read_bytes()[:-40])
+        again = Neighbours.open(state, action, beta=2.0, name="d", folder=folder, list_bytes=64)
         assert again.seconds > 0
-        assert torch.equal(again.lookup(steps, query, 2.0), expected)
+        assert torch.equal(again.lookup(steps, query), expected)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
@@ -279,17 +280,15 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     (tmp_path / "notes").write_text("mine")
     for folder in (tmp_path, tmp_path / "notes"):
         with pytest.raises(DataError, match=r"is there already and no neighbour index. Fix: algo.index="):
-            Neighbours.open(state, action, folder=folder)
+            Neighbours.open(state, action, beta=2.0, folder=folder)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("notes", "mine")]
 
 
 @pytest.mark.parametrize("k", [1, 3, 20])
 def test_lists_alone_give_k_neighbours_and_the_fallback_only_where_they_are_too_short(k):
-    state, action = pairs(3000)
-    state[:1500] *= 0.05  # the radius fits these
+    state, action = pairs(2000)
     steps, query = queries(action, 128)
-    index = Neighbours.open(state, action, list_bytes=8)
-    found = index.search(steps, query, 2.0, k, exact=False)
+    found = Neighbours.open(state, action, beta=2.0, k=k, list_bytes=16).search(steps, query, exact=False)
     value, _ = truth(state, action, steps, query, 2.0, k)
     assert found.squared.isfinite().all()
     assert (found.squared.double().sqrt() >= value * (1 - 1e-5)).all(), "distances of pairs that exist"
@@ -304,15 +303,15 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
     def fail(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("robopost.data.neighbour_lists._entries", fail)
+    monkeypatch.setattr("robopost.data.neighbour_cells._thinned", fail)
     with pytest.raises(KeyboardInterrupt):
-        Neighbours.open(state, action, name="d", folder=tmp_path / "index", list_bytes=64)
+        Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path / "index", list_bytes=64)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_meta_names_no_path(tmp_path):
     state, action = gait(100)
-    Neighbours.open(state, action, name="d", folder=tmp_path / "index")
+    Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path / "index")
     meta = json.loads((tmp_path / "index" / "index.json").read_text())
     assert meta["dataset"] == "d"
     assert meta["steps"] == 100
@@ -321,25 +320,25 @@ def test_meta_names_no_path(tmp_path):
 
 def test_bad_input():
     state, action = pairs(10)
-    with pytest.raises(DataError, match=r"algo.k=10 needs at least 11 dataset steps, there are 10"):
-        Neighbours.open(state, action).lookup(torch.tensor([0]), action[:1], 2.0, k=10)
+    with pytest.raises(DataError, match=r"algo.k=10 needs at least 11 dataset steps, memory has 10"):
+        Neighbours.open(state, action, beta=2.0, k=10)
     for what, values in (("state", state), ("action", action)):
         broken = values.clone()
         broken[3, 1] = float("nan")
         both = {"state": state, "action": action} | {what: broken}
         with pytest.raises(DataError, match=rf"dataset memory has NaN or inf in {what}"):
-            Neighbours.open(both["state"], both["action"])
+            Neighbours.open(both["state"], both["action"], beta=2.0)
     with pytest.raises(DataError, match="has no steps"):
-        Neighbours.open(state[:0], action[:0])
+        Neighbours.open(state[:0], action[:0], beta=2.0)
     with pytest.raises(DataError, match="10 states and 9 actions"):
-        Neighbours.open(state, action[:9])
+        Neighbours.open(state, action[:9], beta=2.0)
     with pytest.raises(ConfigError, match=r"algo.list_bytes=-1 must be 0"):
-        Neighbours.open(state, action, list_bytes=-1)
+        Neighbours.open(state, action, beta=2.0, list_bytes=-1)
 
 
 def test_float64_input_is_searched_in_float32():
     state, action = gait(300)
     steps, query = queries(action, 10)
-    found = Neighbours.open(state.double(), action.double()).search(steps, query, 2.0)
+    found = Neighbours.open(state.double(), action.double(), beta=2.0).search(steps, query)
     assert found.squared.dtype == torch.float32
-    assert np.array_equal(found.ids, Neighbours.open(state, action).search(steps, query, 2.0).ids)
+    assert torch.equal(found.ids, Neighbours.open(state, action, beta=2.0).search(steps, query).ids)

@@ -112,9 +112,11 @@ def test_index_of_another_dataset(tmp_path, capsys):
     line = refused(capsys, *words("prdc", two, tmp_path / "run", index))
     assert "belongs to another dataset" in line
     assert not (tmp_path / "run").exists()
-    # The index doesn't depend on beta: another one is served by the same files.
+    for other in ("algo.beta=7.5", "algo.k=2"):
+        line = refused(capsys, *words("prdc", one, tmp_path / "run", index, other))
+        assert f"this run needs {other.split('=')[1]}" in line
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()}
-    assert main(["train", *words("prdc", one, tmp_path / "beta", index, "algo.beta=7.5")]) == 0
+    assert main(["train", *words("prdc", one, tmp_path / "again", index)]) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()} == before
     line = refused(capsys, *words("prdc", one, tmp_path / "run", f"algo.index={tmp_path}"))
     assert "is there already and no neighbour index" in line

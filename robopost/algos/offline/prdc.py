@@ -20,7 +20,7 @@ from robopost.algos.offline.td3_bc import TD3BC, td3_bc_loss
 from robopost.algos.online.td3 import TD3CoreConfig
 from robopost.data.batch import Batch, Spec
 from robopost.data.dataset import Dataset
-from robopost.data.neighbours import SEARCHES, Neighbours
+from robopost.data.neighbours import LIST_BYTES, SEARCHES, Neighbours
 from robopost.errors import ConfigError, DataError, unknown
 from robopost.nets.vectorise import by_rows
 from robopost.policies.base import Policy
@@ -40,7 +40,7 @@ class PRDCConfig(TD3CoreConfig):
     kth: bool = False  # the k-th neighbour alone, as the reference code has it
     search: str = "exact"  # exact | lists: answers without a certificate are taken as they are (CPU)
     list_bytes: int = (
-        2048  # of the index per step, on a CPU: more certifies more and answers harder queries faster
+        LIST_BYTES  # most of the index per step, on a CPU; few need more than 2000 on locomotion data
     )
     index: str = ""  # folder of the index; empty = with the dataset's cache
 
@@ -56,7 +56,7 @@ class PRDCConfig(TD3CoreConfig):
         if self.list_bytes < 0:
             raise ConfigError(f"algo.list_bytes={self.list_bytes} must be 0 (no lists) or more")
         if self.search == "lists" and not self.list_bytes:
-            raise ConfigError("algo.search=lists needs lists. Fix: algo.list_bytes=2048")
+            raise ConfigError("algo.search=lists needs lists. Fix: algo.list_bytes=16384")
 
 
 @ALGOS.register("prdc", config=PRDCConfig)
@@ -106,14 +106,11 @@ class PRDC(TD3BC):
                 f"dataset {dataset.dataset_id} has no transition with a next observation. "
                 "Fix: record final observations, or train by behaviour cloning"
             )
-        if dataset.num_steps <= cfg.k:
-            raise DataError(
-                f"algo.k={cfg.k} needs at least {cfg.k + 1} dataset steps, {dataset.dataset_id} has "
-                f"{dataset.num_steps}"
-            )
         self.neighbours = Neighbours.open(
             states(dataset, self.policy).to(self.device),
             dataset.action.to(self.device),
+            beta=cfg.beta,
+            k=cfg.k,
             name=dataset.dataset_id,
             folder=cfg.index or None,
             cache=dataset.folder,
@@ -151,7 +148,7 @@ class PRDC(TD3BC):
         if self.neighbours is None:
             raise DataError("algo=prdc searches its dataset: call attach(dataset) before the first update")
         exact = cfg.search == "exact"
-        return self.neighbours.lookup(steps, action, cfg.beta, k=cfg.k, kth=cfg.kth, exact=exact)
+        return self.neighbours.lookup(steps, action, kth=cfg.kth, exact=exact)
 
 
 def states(dataset: Dataset, policy: Policy) -> Tensor:
