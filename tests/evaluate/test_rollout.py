@@ -67,16 +67,16 @@ class Seeded(VectorEnv):
 
 
 @pytest.fixture(autouse=True)
-def made_envs(monkeypatch):
+def made_envs():
     made = []
 
     def make(config, num_envs, *, render=None):
         made.append(Seeded(num_envs, render=render))
         return made[-1]
 
-    monkeypatch.setattr(ENVS, "_entries", dict(ENVS._entries))
     ENVS.register("seeded_eval_test", config=EnvConfig)(make)
-    return made
+    yield made
+    del ENVS._entries["seeded_eval_test"]
 
 
 class Constant(Policy):
