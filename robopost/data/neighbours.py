@@ -36,7 +36,7 @@ BLOCK = 128  # pairs per minimum of the brute-force search
 BLOCKS = 8  # blocks it scores again
 PIECE = 1 << 16  # pairs per matrix product, a multiple of BLOCK
 SEARCHES = ("exact", "lists")
-LIST_BYTES = 16384  # 2048 pairs
+LIST_BYTES = 32768  # 4096 pairs
 
 
 class Neighbours:

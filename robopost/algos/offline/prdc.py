@@ -40,7 +40,7 @@ class PRDCConfig(TD3CoreConfig):
     kth: bool = False  # the k-th neighbour alone, as the reference code has it
     search: str = "exact"  # exact | lists: answers without a certificate are taken as they are (CPU)
     list_bytes: int = (
-        LIST_BYTES  # most of the index per step, on a CPU; few need more than 2000 on locomotion data
+        LIST_BYTES  # most of the index per step, on a CPU; few steps of a million need half of it
     )
     index: str = ""  # folder of the index; empty = with the dataset's cache
 
@@ -56,7 +56,7 @@ class PRDCConfig(TD3CoreConfig):
         if self.list_bytes < 0:
             raise ConfigError(f"algo.list_bytes={self.list_bytes} must be 0 (no lists) or more")
         if self.search == "lists" and not self.list_bytes:
-            raise ConfigError("algo.search=lists needs lists. Fix: algo.list_bytes=16384")
+            raise ConfigError("algo.search=lists needs lists. Fix: algo.list_bytes=32768")
 
 
 @ALGOS.register("prdc", config=PRDCConfig)
