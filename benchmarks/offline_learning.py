@@ -15,6 +15,8 @@ alpha=40 there, sixteen times TD3+BC's, which needs a critic that has converged 
 halfcheetah-medium-replay TD3+BC itself scored 4 points with it and 33 without); at equal alpha the comparison
 is of the regularisers alone.
 
+Table `longer` says what five times the updates with the published tau change, on one set with one seed.
+
 One cell per set, algorithm and seed, so that the table can be filled over several sittings and by several
 processes:
 
@@ -77,6 +79,10 @@ PER_TASK = {
 }
 SCALED = ("iql", "famo2o_iql")  # rewards times 1000 / (largest - smallest return of an episode)
 ONLINE = ("iql", "famo2o_iql")
+# Whether a difference at the small tier is one of few updates and fast targets: five times the updates and the
+# published tau, one seed.
+LONG = ("td3_bc", "prdc", "a2pr")
+LONG_TAU = 0.005
 
 
 def words_of(name, algo, tau):
@@ -91,7 +97,7 @@ def words_of(name, algo, tau):
     ]
 
 
-def config_of(name, algo, seed, updates, episodes, tau):
+def config_of(name, algo, seed, updates, episodes, tau, evaluations=1):
     """The run of one cell."""
     words = words_of(name, algo, tau)
     store = DATA / f"{name}.zarr"
@@ -105,9 +111,9 @@ def config_of(name, algo, seed, updates, episodes, tau):
         f"seed={seed}",
         f"loop.steps={updates}",
         f"out={folder_of(name, algo, seed)}",
+        f"loop.eval_every={updates // evaluations if evaluations > 1 else 0}",
     ]
     words += [
-        "loop.eval_every=0",
         "loop.checkpoint_every=0",
         f"loop.eval_episodes={episodes}",
         f"loop.log_every={max(1, updates // 5)}",
@@ -143,6 +149,18 @@ def online(name, algo, seed, updates, episodes, tau, steps):
     began = time.perf_counter()
     train(replace(config, loop=loop, out=str(folder), resume=str(folder)))
     return outcome(folder, updates + steps, time.perf_counter() - began)
+
+
+def longer(name, algo, updates, episodes):
+    """Scores along a longer run with the published tau."""
+    config = config_of(name, algo, 0, updates, episodes, LONG_TAU, evaluations=5)
+    folder = folder_of(name, algo, 0).with_name(f"{name}-{algo}-seed0-long")
+    shutil.rmtree(folder, ignore_errors=True)
+    began = time.perf_counter()
+    train(replace(config, out=str(folder)))
+    steps = [updates * part // 5 for part in range(1, 6)]
+    curve = [outcome(folder, step, 0.0)["score"] for step in steps]
+    return outcome(folder, updates, time.perf_counter() - began) | {"steps": steps, "curve": curve}
 
 
 def outcome(folder, step, seconds):
@@ -195,6 +213,7 @@ def run(bench: Bench) -> None:
     """All cells, the table of scores and the figures of the comparisons."""
     bench.packages("gymnasium", "mujoco")
     updates = bench.scale(smoke=200, small=10_000, paper=1_000_000)
+    long = bench.scale(smoke=200, small=50_000, paper=1_000_000)
     steps = bench.scale(smoke=200, small=50_000, paper=1_000_000)
     tau = bench.scale(smoke=0.02, small=0.02, paper=0.005)
     episodes = bench.scale(smoke=2, small=30, paper=100)
@@ -227,14 +246,36 @@ def run(bench: Bench) -> None:
                 row = bench.cell(f"{name}/{algo}_online/seed{seed}", measure, params=params, seed=seed)
                 scores[name, f"{algo}_online", seed] = row["score"]
 
+    curves = long_runs(bench, sets[0], long, episodes, versions)
     table = lambda algo, over: [[scores[name, algo, seed] for seed in seeds] for name in over]  # noqa: E731
     report(bench, table, sets, gaining)
+    caption = f"Scores along a longer run on {sets[0]} with tau={LONG_TAU} (published), by update; one seed."
+    bench.table("longer", curves, caption=caption)
     note = f"{len(seeds)} seeds, {updates} updates, mujoco_v5"
     for algo in ("prdc", "a2pr"):
         difference(bench, f"{algo}_score_minus_td3bc", table, algo, "td3_bc", sets, note)
     note = f"after {steps} online steps, {len(seeds)} seeds, mujoco_v5"
     names = ("famo2o_iql_online", "iql_online")
     difference(bench, "famo2o_online_minus_base", table, *names, gaining, note)
+
+
+def long_runs(bench, name, updates, episodes, versions):
+    """Rows of the table of longer runs."""
+    rows = []
+    for algo in LONG:
+
+        def measure(algo=algo):
+            return longer(name, algo, updates, episodes)
+
+        params = {"updates": updates, "episodes": episodes, "words": words_of(name, algo, LONG_TAU)}
+        params |= {"version": versions[name]}
+        cell = bench.cell(f"{name}/{algo}/long", measure, params=params, seed=0)
+        at = [updates * part // 5 for part in range(1, 6)]
+        scores = cell["curve"] if isinstance(cell["curve"], list) else [math.nan] * 5  # not run
+        rows.append(
+            {"algorithm": algo} | {f"{step:,}": score for step, score in zip(at, scores, strict=True)}
+        )
+    return rows
 
 
 def report(bench, table, sets, gaining):
