@@ -16,6 +16,7 @@ Rows are taken in compact groups (k-means). Around a group no pair can matter th
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -27,19 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+log = logging.getLogger(__name__)
 GROUP = 256  # rows per group, on average
 SUBGROUP = 16  # rows that share a matrix of distances
 RIVALS = (7, 64)  # pairs that all others have to stand up to, first a few (k more), then many
 SEEN = 16  # times the longest list: candidates of a row that are looked at
 DENSE = 1 << 22  # distances held at once
-ROUNDING = 2.0**-18  # of a product of 50 float32 terms, relative to the norms
 SLACK = 1e-4  # relative, on reaches: what differences to a group's centre round
 TIE = 1e-5  # relative, on scores: pairs that are as good as equal stay
 SAMPLE = 16  # rows per centre that k-means learns from
 ROUNDS = 5  # of k-means
 ENTRY = 8  # bytes: int32 step, float32 weight
+EARLY = 1000  # steps after which a build can say that it isn't worth it
 
 Write = Callable[[Tensor, Tensor], None]
+
+
+def rounding(terms: int) -> float:
+    """Of a float32 product of so many terms, relative to the norms; at least 2^-18, which covers 64."""
+    return max(64, terms) * 2.0**-24
 
 
 @dataclass
@@ -77,7 +84,8 @@ class _Pairs:
     def __post_init__(self) -> None:
         self.size = self.action.square().sum(1)
         # Of states, as the expanded square needs it, rounding taken off: distances never come out too large.
-        self.norm = self.state.square().sum(1).mul_(1 - ROUNDING)
+        self.less = 1 - rounding(self.state.shape[1])
+        self.norm = self.state.square().sum(1).mul_(self.less)
 
 
 @contextmanager
@@ -119,7 +127,7 @@ def build_cells(
     step = first_copies(state, action, k)
     pairs = _Pairs(state[step], action[step], step)
     groups = compact(state, GROUP, generator)
-    written = done = 0
+    written, done, warned = 0, 0, False
     with progress("nearest neighbours", rows) as report:
         for group in groups:
             lists = list(_group(state, action, group, pairs, beta * beta, k, most, generator))
@@ -134,6 +142,13 @@ def build_cells(
             written += int(sizes.sum())
             done += len(group)
             report(done)
+            if not warned and done >= EARLY and (limit[at] < math.inf).float().mean() > 0.5:
+                warned = True
+                log.warning(
+                    "most lists are cut off: beta=%g is small for these states, and building takes long. "
+                    "Fix: algo.list_bytes=0, which scores all pairs in every search",
+                    beta,
+                )
     return start, count, limit
 
 
@@ -187,7 +202,7 @@ def _group(
     x = state[group] - middle
     norm = x.square().sum(1)
     reach = _reach(x, norm, action[group], square, k)
-    away = torch.addmv(pairs.norm, pairs.state, middle, alpha=-2).add_(middle.square().sum() * (1 - ROUNDING))
+    away = torch.addmv(pairs.norm, pairs.state, middle, alpha=-2).add_(middle.square().sum() * pairs.less)
     edge = (norm.sqrt() + reach).amax()
     near = torch.nonzero(away <= edge * edge * (1 + SLACK)).view(-1)
     local = _Pairs(pairs.state[near] - middle, pairs.action[near], pairs.step[near])
@@ -195,19 +210,19 @@ def _group(
         centre = x[part].mean(0)
         edge = ((x[part] - centre).square().sum(1).sqrt() + reach[part]).amax()
         away = torch.addmv(local.norm, local.state, centre, alpha=-2)
-        column = torch.nonzero(
-            away <= edge * edge * (1 + SLACK) - centre.square().sum() * (1 - ROUNDING)
-        ).view(-1)
+        column = torch.nonzero(away <= edge * edge * (1 + SLACK) - centre.square().sum() * pairs.less).view(
+            -1
+        )
         found = _Pairs(local.state[column], local.action[column], local.step[column])
         for rows in part.split(max(1, DENSE // max(1, len(column)))):
             short = torch.addmm(found.norm, x[rows], found.state.t(), alpha=-2)
-            short += norm[rows][:, None] * (1 - ROUNDING)
+            short += norm[rows][:, None] * pairs.less
             held = short <= (reach[rows].square() * (1 + SLACK))[:, None]
             counts = held.sum(1).tolist()
             place = torch.nonzero(held.view(-1)).view(-1)
             score = short.view(-1).index_select(0, place).mul_(square)
             index = place.remainder_(len(column))
-            slack = 4 * ROUNDING * square * float(norm[rows].amax() + found.norm.amax())
+            slack = 4 * (1 - pairs.less) * square * float(norm[rows].amax() + found.norm.amax())
             parts = zip(rows.tolist(), index.split(counts), score.split(counts), strict=True)
             for row, mine, weight in parts:
                 kept, cut = _thinned(found, mine, weight, slack, k, most)
@@ -225,7 +240,7 @@ def _reach(x: Tensor, norm: Tensor, action: Tensor, square: float, k: int) -> Te
     if len(x) < k:
         return torch.full((len(x),), math.inf)
     weight = torch.addmm(norm, x, x.t(), alpha=-2).add_(norm[:, None]).clamp_min_(0).mul_(square)
-    weight += ROUNDING * square * 2 * norm.amax()
+    weight += 2 * rounding(x.shape[1]) * square * norm.amax()
     furthest = (1 + action.abs()).square().sum(1)  # of the box's actions from this one
     return (weight + furthest).kthvalue(k, dim=1).values.mul_((1 + SLACK) / square).sqrt_()
 
@@ -246,9 +261,9 @@ def _thinned(
     cut = math.inf
     seen = SEEN * most
     if len(index) > seen:
-        order = weight.argsort(stable=True)
-        cut = float(weight[order[seen]])
-        chosen = order[:seen].sort().values
+        least, order = weight.topk(seen + 1, largest=False)
+        cut = float(least[-1])
+        chosen = order[:-1].sort().values
         index, weight = index[chosen], weight[chosen]
     action = pairs.action.index_select(0, index)
     score = weight + pairs.size.index_select(0, index)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,7 @@ def load_or_build(folder: Path, identity: dict[str, Any], make: Make) -> Cells:
     Raises:
         DataError: the folder holds the index of another dataset, beta or k, or other files, or the disk is full.
     """
+    folder = folder.resolve()
     found = _open(folder, identity)
     if found is not None:
         log.info("neighbour index %s: %.0f MB", folder, found.nbytes / 1e6)
@@ -60,6 +63,7 @@ def load_or_build(folder: Path, identity: dict[str, Any], make: Make) -> Cells:
         )
     partial = folder.with_name(f"{folder.name}.{uuid.uuid4().hex[:8]}{PARTIAL}")
     with disk_errors(f"can't write the neighbour index {folder}"):
+        _drop_abandoned(folder)
         partial.mkdir(parents=True)
         try:
             _write(partial, identity, make)
@@ -79,9 +83,18 @@ def load_or_build(folder: Path, identity: dict[str, Any], make: Make) -> Cells:
     return found
 
 
+def _drop_abandoned(folder: Path) -> None:
+    """Remove what builds of `folder` left behind that were killed: a living one holds its lock."""
+    for old in folder.parent.glob(f"{folder.name}.*{PARTIAL}"):
+        with suppress(OSError), (old / "step.bin").open("rb") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+
+
 def _write(folder: Path, identity: dict[str, Any], make: Make) -> None:
     entries = 0
     with (folder / "step.bin").open("wb") as steps, (folder / "near.bin").open("wb") as weights:
+        fcntl.flock(steps, fcntl.LOCK_EX)
 
         def write(ids: Tensor, weight: Tensor) -> None:
             nonlocal entries
@@ -102,6 +115,15 @@ def _open(folder: Path, identity: dict[str, Any]) -> Cells | None:
     try:
         index = json.loads((folder / "index.json").read_bytes())
     except (OSError, ValueError):
+        return None
+    if not isinstance(index, dict):
+        return None
+    if index.get("version") != VERSION:
+        raise DataError(
+            f"the neighbour index {folder} has format {index.get('version')}, this robopost needs {VERSION}. "
+            "Fix: delete it, or another algo.index="
+        )
+    if not isinstance(index.get("entries"), int):
         return None
     for key, value in identity.items():
         if index.get(key) != value:

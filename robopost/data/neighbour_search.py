@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from robopost.data.neighbour_cells import ROUNDING, Cells
+from robopost.data.neighbour_cells import Cells, rounding
 
 MARGIN = 1e-5  # relative, on squared distances: bounds never rule out a pair for rounding
 BOX = 1 + 1e-6  # of actions that lists answer for
@@ -105,7 +105,9 @@ class CellSearch:
         limit = bound * (1 + MARGIN) + 1e-12
         query = torch.cat([keys.state * keys.beta, keys.action, torch.ones(len(keys), 1)], 1)
         size = query[:, :-1].square().sum(1)
-        rows, steps = [], []
+        every = torch.arange(len(keys)).repeat_interleave(keys.k)
+        ids = torch.zeros(len(keys), keys.k, dtype=torch.int64)
+        best = torch.full((len(keys), keys.k), math.inf)
         for first in range(0, len(self.state), SWEPT):
             part = slice(first, first + SWEPT)
             pairs = torch.cat([self.state[part] * keys.beta, self.action[part]], 1)
@@ -115,21 +117,23 @@ class CellSearch:
             if holes:
                 table[-holes:, -1] = math.inf
             least = (query @ table.t()).view(len(keys), -1, BLOCK).amin(2)
-            slack = ROUNDING * (size + norm.max())
+            slack = rounding(query.shape[1]) * (size + norm.max())
             row, block = torch.nonzero(least + size[:, None] <= (limit + slack)[:, None], as_tuple=True)
-            if len(row):
-                step = (first + block[:, None] * BLOCK + torch.arange(BLOCK)).view(-1)
-                rows.append(row.repeat_interleave(BLOCK))
-                steps.append(step)
-        if not rows:
-            empty = torch.zeros(0, dtype=torch.int64)
-            return nearest(empty, torch.zeros(0), empty, len(keys), keys.k)
-        row, step = torch.cat(rows), torch.cat(steps)
-        real = torch.nonzero(step < len(self.state)).view(-1)
-        row, step = row[real], step[real]
-        squared = pair_distance(self.state, self.action, keys, row, step)
-        near = torch.nonzero(squared <= limit[row]).view(-1)
-        return nearest(row[near], squared[near], step[near], len(keys), keys.k)
+            if not len(row):
+                continue
+            step = (first + block[:, None] * BLOCK + torch.arange(BLOCK)).view(-1)
+            row = row.repeat_interleave(BLOCK)
+            real = torch.nonzero(step < len(self.state)).view(-1)
+            row, step = row[real], step[real]
+            squared = pair_distance(self.state, self.action, keys, row, step)
+            near = torch.nonzero(squared <= limit[row]).view(-1)
+            # What is known so far takes part, and bounds what comes: memory doesn't depend on how many qualify.
+            held = torch.nonzero(best.view(-1).isfinite()).view(-1)
+            row, step = torch.cat([every[held], row[near]]), torch.cat([ids.view(-1)[held], step[near]])
+            squared = torch.cat([best.view(-1)[held], squared[near]])
+            ids, best = nearest(row, squared, step, len(keys), keys.k)
+            limit = torch.minimum(limit, best[:, -1] * (1 + MARGIN) + 1e-12)
+        return ids, best
 
 
 def pair_distance(state: Tensor, action: Tensor, keys: Keys, row: Tensor, step: Tensor) -> Tensor:

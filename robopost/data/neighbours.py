@@ -5,7 +5,7 @@ On a CPU the few pairs that can be nearest to a step's state with any action at 
 (`robopost.data.neighbour_cells`); a query looks at the list of its step.
 
 **Certificate.** A list answers exactly for every action of the box [-1, 1], unless it was cut off to bound memory:
-then where the k-th best squared distance is at most the weight from which on pairs were cut. **Fallback.** Other
+then where the k-th best squared distance is below the weight from which on pairs were cut. **Fallback.** Other
 queries are scored against all pairs by matrix products: every answer is exact, beta = 0 included.
 
 On a GPU all queries are scored against all pairs: a matrix product whose blockwise minima are taken piece by
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from robopost.data.neighbour_cells import ENTRY, ROUNDING, Write, build_cells
+from robopost.data.neighbour_cells import ENTRY, Write, build_cells, rounding
 from robopost.data.neighbour_index import VERSION, in_memory, load_or_build
 from robopost.data.neighbour_search import CellSearch, Found, Keys, pair_distance
 from robopost.errors import ConfigError, DataError
@@ -87,7 +87,8 @@ class Neighbours:
             list_bytes: most bytes of a step's list, which bounds the index: N * list_bytes.
 
         Raises:
-            DataError: no more than k pairs, NaN or inf, or `folder` holds the index of another dataset or beta.
+            DataError: no more than k pairs, NaN or inf, `folder` holds other files or the index of another dataset,
+                beta, k, list_bytes or format, or the disk is full.
             ConfigError: `list_bytes` is negative.
         """
         if list_bytes < 0:
@@ -155,7 +156,10 @@ class Neighbours:
 
     @torch.no_grad()
     def search(self, steps: Tensor, action: Tensor, *, exact: bool = True) -> Found:
-        """The k nearest pairs of each (state of `steps` (B,), `action` (B, A)), ties to the earlier step."""
+        """The k nearest pairs of each (state of `steps` (B,), `action` (B, A)), ties to the earlier step.
+
+        (On a GPU: where certified.)
+        """
         if self.lists is None:
             return self.brute(steps, action)
         return self.lists(steps, action, self.beta, self.k, exact=exact)
@@ -190,8 +194,8 @@ class Neighbours:
         ids, squared = step.gather(1, order[:, :k]), squared[:, :k]
         # No block that wasn't scored again may hold a nearer pair, whatever the products' rounding.
         size = query.square().sum(1)
-        rest = value[:, -1] + size - ROUNDING * (size + reach)
-        certified = (squared[:, -1] <= rest) | (scored == blocks.shape[1])
+        rest = value[:, -1] + size - rounding(query.shape[1]) * (size + reach)
+        certified = (squared[:, -1] < rest) | (scored == blocks.shape[1])  # equal: an earlier step may tie
         return Found(ids, squared, certified, torch.zeros_like(certified))
 
     def _keys(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Nearest neighbours: every answer against brute force in float64, certificates, and the stored index."""
 
+import fcntl
 import functools
 import json
 
@@ -114,6 +115,24 @@ def test_lists_hold_the_nearest_of_every_action_of_the_box_and_little_else(k):
     assert cells.limit.isinf().all()
 
 
+def test_wide_states_off_the_origin_keep_the_right_pairs():
+    """Rounding of a thousand equal columns goes one way; it must not empty a list."""
+    g = torch.Generator().manual_seed(0)
+    state = torch.full((250, 3000), 1.22097)
+    state[:, :3] += 0.003 * torch.randn(250, 3, generator=g)
+    action = torch.rand(250, 4, generator=g) * 2 - 1
+    steps, query = queries(action, 60, noise=2.0)
+    for beta in (100.0, 300.0):
+        found = Neighbours.open(state, action, beta=beta).search(steps, query)
+        assert_exact(found, state, action, steps, query, beta)
+
+
+def test_small_beta_is_said_to_be_one(caplog):
+    state, action = pairs(1500)
+    Neighbours.open(state, action, beta=1e-3, list_bytes=80)
+    assert "lists are cut off: beta=0.001 is small" in caplog.text
+
+
 def test_actions_outside_the_box_ask_the_fallback():
     state, action = gait(5000)
     steps, query = queries(action, 64)
@@ -187,6 +206,12 @@ def test_ties_go_to_the_earlier_step():
         assert (index.brute(steps, action[steps]).ids < 300).all()
         three = Neighbours.open(state, action, beta=beta, k=3).search(steps, action[steps]).ids
         assert torch.equal(three, torch.stack([steps - 600, steps - 300, steps], 1))
+
+
+def test_brute_force_certifies_no_tie_that_went_to_a_later_step():
+    state, action = torch.zeros(20_000, 2), torch.zeros(20_000, 1)
+    found = Neighbours.open(state, action, beta=0.0).brute(torch.tensor([9000]), action[:1])
+    assert found.ids[0, 0] == 0 or not found.certified[0]
 
 
 def test_constant_and_equal_states():
@@ -307,6 +332,34 @@ def test_a_killed_build_leaves_nothing_that_counts(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path / "index", list_bytes=64)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_build_left_is_removed_and_a_living_one_kept(tmp_path):
+    state, action = gait(200)
+    dead, alive = (tmp_path / f"index.{name}.partial" for name in ("dead", "alive"))
+    for folder in (dead, alive):
+        folder.mkdir()
+        (folder / "step.bin").write_bytes(b"")
+    with (alive / "step.bin").open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path / "index")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["index", "index.alive.partial"]
+
+
+@pytest.mark.parametrize("text", ["[]", "null", '{"version": 2}', "{"])
+def test_an_index_file_without_its_contents_is_torn(tmp_path, text):
+    state, action = gait(200)
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / "index.json").write_text(text)
+    assert Neighbours.open(state, action, beta=2.0, name="d", folder=folder).seconds > 0
+
+
+def test_an_index_of_another_format_is_named(tmp_path):
+    state, action = gait(200)
+    (tmp_path / "index.json").write_text('{"version": 1}')
+    with pytest.raises(DataError, match=r"has format 1, this robopost needs 2. Fix: delete it"):
+        Neighbours.open(state, action, beta=2.0, name="d", folder=tmp_path)
 
 
 def test_meta_names_no_path(tmp_path):

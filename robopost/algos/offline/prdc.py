@@ -7,6 +7,7 @@ TD3+BC's; the search is `robopost.data.neighbours`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -20,6 +21,7 @@ from robopost.algos.offline.td3_bc import TD3BC, td3_bc_loss
 from robopost.algos.online.td3 import TD3CoreConfig
 from robopost.data.batch import Batch, Spec
 from robopost.data.dataset import Dataset
+from robopost.data.neighbour_cells import ENTRY
 from robopost.data.neighbours import LIST_BYTES, SEARCHES, Neighbours
 from robopost.errors import ConfigError, DataError, unknown
 from robopost.nets.vectorise import by_rows
@@ -39,23 +41,21 @@ class PRDCConfig(TD3CoreConfig):
     k: int = 1  # neighbours whose mean action is the target
     kth: bool = False  # the k-th neighbour alone, as the reference code has it
     search: str = "exact"  # exact | lists: answers without a certificate are taken as they are (CPU)
-    list_bytes: int = (
-        LIST_BYTES  # most of the index per step, on a CPU; few steps of a million need half of it
-    )
+    list_bytes: int = LIST_BYTES  # most of a step's list in the index, on a CPU; 0 = no index
     index: str = ""  # folder of the index; empty = with the dataset's cache
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("alpha", "beta"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"algo.{name}={getattr(self, name)} must be 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"algo.{name}={getattr(self, name)} must be 0 or more, and finite")
         if self.k < 1:
             raise ConfigError(f"algo.k={self.k} must be at least 1")
         if self.search not in SEARCHES:
             raise unknown("algo.search", self.search, SEARCHES)
         if self.list_bytes < 0:
             raise ConfigError(f"algo.list_bytes={self.list_bytes} must be 0 (no lists) or more")
-        if self.search == "lists" and not self.list_bytes:
+        if self.search == "lists" and self.list_bytes < ENTRY:
             raise ConfigError("algo.search=lists needs lists. Fix: algo.list_bytes=32768")
 
 
