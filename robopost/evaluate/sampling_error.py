@@ -128,9 +128,9 @@ def refitted_log_prob(policy: Gaussian | Categorical, obs: Obs, chain: Tensor) -
 
 
 def features(policy: Gaussian | Categorical, obs: Obs) -> Tensor:
-    """(B, D) what the last layer of the policy reads."""
+    """(B, D) what the last layer of the policy reads, without a gradient."""
     *layers, _ = policy.net
     out = policy.encoder(obs)
     for layer in layers:
         out = layer(out)
-    return out
+    return out.detach()
