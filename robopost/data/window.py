@@ -74,7 +74,7 @@ def _to_tensors(batch: Batch) -> dict[str, Tensor]:
 
 def _from_tensors(tensors: dict[str, Tensor]) -> Batch:
     """Reverse `_to_tensors`."""
-    joined: dict[str, Any] = {}
+    joined: dict[str, Any] = {"obs": {}, "next_obs": {}}
     for name, tensor in tensors.items():
         field, _, key = name.partition("/")
         if key:
