@@ -3,9 +3,9 @@
 
 Hopper-v5 and the reaching arm, one environment, 300k steps. Both sides share all settings of PPO's update (recipes
 props/hopper and the same with algo=ppo); PROPS learns from two rollouts that a behaviour policy collects, PPO from one.
-A curve is the mean return of 10 deterministic episodes every five rollouts, which start from the same seeds on both
-sides. PPO's final return is the mean over seeds and over the last three points of its curves. The steps to 90 % of
-it are read off the mean curve over seeds, smoothed over three points; a side that never gets there counts with all its
+A curve is the mean return of 10 deterministic episodes every two rollouts, which start from the same seeds on both
+sides. PPO's final return is the mean over seeds and over the last five points of its curves. The steps to 90 % of
+it are read off the mean curve over seeds, smoothed over five points; a side that never gets there counts with all its
 steps, which for PROPS is a lower bound above 1. The area is the mean of the curve. Intervals resample seeds, each side
 on its own. `ppo_buffer`, PPO on two rollouts without a behaviour policy, tells what the buffer alone does (paper tier).
 
@@ -28,7 +28,7 @@ from robopost.loops import train
 SUITE = "onpolicy"
 TASKS = {"Hopper-v5": "props/hopper", "arm_reach": "props/arm_reach"}
 PPO_ONLY = ("rollout_steps", "epochs", "lr", "entropy_coef", "target_kl", "lr_decay_updates")
-LAST = 3  # points of the curve that make its end
+LAST = 5  # points of the curve that make its end
 
 
 def words(task, algo, seed, steps, episodes):
@@ -44,7 +44,7 @@ def words(task, algo, seed, steps, episodes):
         out += ["algo.behaviour_epochs=0"]
     if recipe.lr_decay_updates:
         out += [f"algo.lr_decay_updates={rollouts}"]
-    every = max(1, min(5, rollouts // 3)) * recipe.rollout_steps
+    every = max(1, min(2, rollouts // 3)) * recipe.rollout_steps
     out += [f"loop.eval_every={every}", f"loop.eval_episodes={episodes}", f"loop.log_every={every}"]
     return [*out, "device=cpu", "accel.threads=1", "track.tensorboard=false", "track.console=false"]
 
