@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data efficiency of PROPS against PPO: steps to 90 % of PPO's final return, area under the curve, cost per step.
 
-Hopper-v5 and the reaching arm, one environment, 300k steps. Both sides share all settings of PPO's update (recipes
+Hopper-v5 and the pushing arm, one environment, 300k steps. Both sides share all settings of PPO's update (recipes
 props/hopper and the same with algo=ppo); PROPS learns from two rollouts that a behaviour policy collects, PPO from one.
 A curve is the mean return of 10 deterministic episodes every two rollouts, which start from the same seeds on both
 sides. PPO's final return is the mean over seeds and over the last five points of its curves. The steps to 90 % of
@@ -26,7 +26,7 @@ from robopost.compose import compose
 from robopost.loops import train
 
 SUITE = "onpolicy"
-TASKS = {"Hopper-v5": "props/hopper", "arm_reach": "props/arm_reach"}
+TASKS = {"Hopper-v5": "props/hopper", "arm_push": "props/arm_push"}
 PPO_ONLY = ("rollout_steps", "epochs", "lr", "entropy_coef", "target_kl", "lr_decay_updates")
 LAST = 5  # points of the curve that make its end
 
