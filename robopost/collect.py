@@ -268,17 +268,24 @@ class _Random:
         if not vec.spec.bounded:
             raise EnvError("policy=random needs action bounds, and this environment has none")
         self.low, self.high = np.array(vec.spec.action_low), np.array(vec.spec.action_high)
+        self.choices = vec.spec.choices
         self.streams: list[np.random.Generator] = []
 
     def begin(self, seeds: list[int]) -> None:
         self.streams = [np.random.default_rng([1, seed]) for seed in seeds]
 
     def act(self, obs: Arrays) -> np.ndarray:
+        if self.choices:
+            return np.stack([stream.integers(self.choices, size=1) for stream in self.streams])
         return np.stack([stream.uniform(self.low, self.high) for stream in self.streams])
 
 
 class _Noisy:
     def __init__(self, actor: Actor, vec: VecEnv, noise: float) -> None:
+        if vec.spec.choices:
+            raise ConfigError(
+                f"noise={noise} needs continuous actions, here are {vec.spec.choices} discrete ones. Fix: noise=0"
+            )
         low, high = np.array(vec.spec.action_low), np.array(vec.spec.action_high)
         half = (high - low) / 2
         self.actor, self.std = actor, noise * np.where(np.isfinite(half), half, 1.0)

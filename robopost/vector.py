@@ -66,6 +66,7 @@ class VecEnv:
         space = env.single_observation_space
         self._dict = isinstance(space, gym.spaces.Dict)
         self.spec = make_spec(space, env.single_action_space, max_steps)
+        self._first_choice = int(getattr(env.single_action_space, "start", 0))
         self._stack: Arrays = {}
 
     @property
@@ -83,7 +84,9 @@ class VecEnv:
         return self._stacked(obs)
 
     def step(self, action: np.ndarray) -> Step:
-        """Execute `action` (N, A) in environment units."""
+        """Execute `action` (N, A) in environment units; a discrete one is rounded to the nearest index."""
+        if self.spec.choices:
+            action = np.rint(action[:, 0]).astype(np.int64) + self._first_choice
         raw, reward, terminated, truncated, info = self.env.step(action)
         obs = self._to_dict(raw)
         reward = np.asarray(reward, dtype=np.float32)
@@ -183,13 +186,17 @@ class VecEnv:
 
 
 def make_spec(obs_space: gym.Space, action_space: gym.Space, max_steps: int = 0) -> Spec:
-    """Spec of gymnasium spaces (Box or flat Dict of Box observations, Box actions).
+    """Spec of gymnasium spaces (Box or flat Dict of Box observations, Box or Discrete actions).
 
     Raises:
         EnvError: another kind of space.
     """
-    if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
-        raise EnvError(f"action space {action_space} is not supported: robopost needs a one-dimensional Box")
+    choices = int(action_space.n) if isinstance(action_space, gym.spaces.Discrete) else 0
+    if choices < 2 and not (isinstance(action_space, gym.spaces.Box) and len(action_space.shape) == 1):
+        raise EnvError(
+            f"action space {action_space} is not supported: robopost needs a one-dimensional Box, or a Discrete "
+            "of at least 2 actions"
+        )
     spaces = dict(obs_space.items()) if isinstance(obs_space, gym.spaces.Dict) else {"state": obs_space}
     obs: dict[str, tuple[tuple[int, ...], str]] = {}
     for key, space in spaces.items():
@@ -199,6 +206,8 @@ def make_spec(obs_space: gym.Space, action_space: gym.Space, max_steps: int = 0)
             )
         dtype = "float32" if space.dtype.kind == "f" else str(space.dtype)  # type: ignore[union-attr]
         obs[key] = (tuple(space.shape), dtype)
+    if not isinstance(action_space, gym.spaces.Box):
+        return Spec(obs, 1, (0.0,), (choices - 1.0,), max_steps, choices)
     low = tuple(float(v) for v in action_space.low)
     high = tuple(float(v) for v in action_space.high)
     return Spec(obs, action_space.shape[0], low, high, max_steps)

@@ -81,7 +81,9 @@ def test_other_autoreset_modes_are_refused():
 
 def test_unsupported_spaces_are_refused():
     box = gym.spaces.Box(-1, 1, (2,))
-    with pytest.raises(EnvError, match="action space Discrete"):
-        make_spec(box, gym.spaces.Discrete(3))
+    with pytest.raises(EnvError, match="action space MultiDiscrete"):
+        make_spec(box, gym.spaces.MultiDiscrete([3, 2]))
+    with pytest.raises(EnvError, match=r"Discrete\(1\) is not supported.*at least 2"):
+        make_spec(box, gym.spaces.Discrete(1))
     with pytest.raises(EnvError, match="observation 'state'"):
         make_spec(gym.spaces.Discrete(3), box)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 
 from robopost.errors import EnvError
@@ -44,4 +45,22 @@ def check_actions(actions: Any, num_envs: int, size: int) -> np.ndarray:
         if len(bad):
             i, j = bad[0]
             raise EnvError(f"action of environment {i}, dimension {j} is {actions[i, j]}. Check the policy")
+    return actions
+
+
+def check_choices(actions: Any, num_envs: int, space: gym.spaces.Discrete) -> np.ndarray:
+    """Discrete actions as integers (N,).
+
+    Raises:
+        EnvError: the shape is wrong, or an action is none of the space's.
+    """
+    actions = np.asarray(actions)
+    if actions.shape != (num_envs,) or actions.dtype.kind not in "iu":
+        raise EnvError(
+            f"action has shape {actions.shape} and type {actions.dtype}, expected {num_envs} integers: "
+            "one per environment"
+        )
+    bad = np.flatnonzero((actions < space.start) | (actions >= space.start + space.n))
+    if len(bad):
+        raise EnvError(f"action of environment {bad[0]} is {actions[bad[0]]}, which is not in {space}")
     return actions

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from robopost.accel import CudaGraph, accelerate
 from robopost.data.batch import Batch, Spec
 from robopost.data.dataset import Dataset
-from robopost.errors import CheckpointError
+from robopost.errors import CheckpointError, ConfigError
 from robopost.policies.base import Policy
 
 Metrics = dict[str, Tensor]
@@ -30,6 +31,8 @@ class Needs:
         updates_per_step: updates per environment step (UTD); off-policy only.
         warmup_steps: environment steps of random actions before the first update; off-policy only.
         rollout_steps: steps per environment in one rollout; on-policy only.
+        refresh_steps: environment steps (all copies together) after which `behaviour` is asked again who collects; a
+            divisor of a rollout's steps, 0 = the policy itself always does; on-policy only.
         demo_fraction: share of each batch drawn from the offline dataset; off-policy only, 0 = none.
         extra: names of per-step quantities the sampler must add to `Batch.extra` ("return_to_go", "next_action",
             "step": the dataset step each sample begins at).
@@ -42,6 +45,7 @@ class Needs:
     updates_per_step: float = 1.0
     warmup_steps: int = 0
     rollout_steps: int = 0
+    refresh_steps: int = 0
     demo_fraction: float = 0.0
     extra: tuple[str, ...] = field(default_factory=tuple)
 
@@ -61,6 +65,7 @@ class Algorithm(ABC):
     stackable: ClassVar[bool] = (
         True  # False where `update` can't run under torch.vmap, see `robopost.algos.stack`
     )
+    discrete: ClassVar[bool] = False  # True where it also learns in environments with discrete actions
     can_go_online: ClassVar[bool] = (
         False  # offline algorithms that may go on in an environment, see `begin_online`
     )
@@ -68,6 +73,11 @@ class Algorithm(ABC):
     def __init__(
         self, config: Any, policy: Policy, spec: Spec, *, device: torch.device, generator: torch.Generator
     ) -> None:
+        if spec.choices and not self.discrete:
+            raise ConfigError(
+                f"algo={self.registry_name} needs continuous actions, here are {spec.choices} discrete ones. "
+                "Fix: algo=ppo or algo=props"
+            )
         self.config = config
         self.policy = policy
         self.spec = spec
@@ -100,6 +110,17 @@ class Algorithm(ABC):
         """
         self.online = True
         self._drop_graphs()
+
+    def behaviour(self, rows: Sequence[Batch]) -> Policy:
+        """The policy that collects the next `Needs.refresh_steps` environment steps of an on-policy rollout.
+
+        Asked between vector steps: at the start of a rollout, and whenever the steps of all copies together have
+        crossed a multiple of `refresh_steps`.
+
+        Args:
+            rows: the rollout so far, one (N,) batch per vector step in environment units, oldest first.
+        """
+        return self.policy
 
     def explore(self, obs: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """Executed action (B, A) in environment units for collecting; default: a stochastic sample of the policy."""

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -25,6 +25,8 @@ class Spec:
         action_dim: size of one action.
         action_low, action_high: bounds in environment units; +-inf where the environment has none.
         max_steps: time limit in environment steps, 0 when unknown.
+        choices: number of discrete actions, 0 where actions are continuous. A discrete action is its index 0 ..
+            choices - 1 as a float, with action_dim 1.
     """
 
     obs: dict[str, tuple[tuple[int, ...], str]]
@@ -32,6 +34,7 @@ class Spec:
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
     max_steps: int = 0
+    choices: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON form; `from_json` reverses it."""
@@ -47,6 +50,7 @@ class Spec:
             tuple(data["action_low"]),
             tuple(data["action_high"]),
             data.get("max_steps", 0),
+            data.get("choices", 0),
         )
 
     @property
@@ -115,6 +119,20 @@ def bootstrap_discount(terminated: Tensor, gamma: float, steps: Tensor | int = 1
     """`gamma^k` where the episode goes on or was cut by a time limit, 0 where it terminated. Shape of `terminated`."""
     power = torch.as_tensor(gamma, dtype=torch.float32, device=terminated.device) ** steps
     return torch.where(terminated, torch.zeros((), device=terminated.device), power)
+
+
+def stack(rows: Sequence[Batch]) -> Batch:
+    """Stack T batches of N rows into one (T, N) batch; all must carry the same fields."""
+    joined: dict[str, Any] = {}
+    for item in fields(Batch):
+        first = getattr(rows[0], item.name)
+        if isinstance(first, Tensor):
+            joined[item.name] = torch.stack([getattr(row, item.name) for row in rows])
+        elif isinstance(first, dict):
+            joined[item.name] = {
+                key: torch.stack([getattr(row, item.name)[key] for row in rows]) for key in first
+            }
+    return Batch(**joined)
 
 
 def concat(first: Batch, second: Batch) -> Batch:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from robopost.data.batch import Batch, bootstrap_discount
+from robopost.data.batch import Batch, bootstrap_discount, stack
 from robopost.errors import ConfigError
 from robopost.loops.collector import Collector
-from robopost.loops.run import Files, Run
+from robopost.loops.run import Files, Run, crossed
 from robopost.vector import make_vec, to_torch
 
 
@@ -27,9 +27,15 @@ def run_onpolicy(run: Run) -> None:
                 f"algo={config.algo.name} needs a policy with a log-probability that acts every step; "
                 f"policy={config.policy.name} has horizon={algo.policy.horizon}. Fix: policy=gaussian"
             )
+        steps, refresh = algo.needs.rollout_steps, algo.needs.refresh_steps
+        if refresh and steps * env.num_envs % refresh:
+            raise ConfigError(
+                f"algo={config.algo.name} renews its behaviour policy every {refresh} environment steps, which doesn't "
+                f"divide a rollout of algo.rollout_steps={steps} x env.num_envs={env.num_envs}. "
+                f"Fix: a divisor of {steps * env.num_envs}"
+            )
         collector = Collector(env, run)
         collector.start(run.prepare(algo))
-        steps = algo.needs.rollout_steps
         while run.step < config.loop.steps:
             began = time.perf_counter()
             batch = _rollout(collector, algo, steps)
@@ -50,8 +56,13 @@ def run_onpolicy(run: Run) -> None:
 def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
     """(T, N) batch of `steps` steps in every environment."""
     run, policy = collector.run, algo.policy
+    refresh, copies = algo.needs.refresh_steps, collector.env.num_envs
     rows: list[Batch] = []
-    for _ in range(steps):
+    for step_index in range(steps):
+        if crossed((step_index - 1) * copies, step_index * copies, refresh):
+            began = time.perf_counter()
+            policy = algo.behaviour(rows)
+            run.add_time("time/behaviour", time.perf_counter() - began)
         obs = to_torch(collector.obs, run.device)
         action = policy.act(obs, generator=run.generators["policy"])
         executed = action.chunk[:, 0]
@@ -71,24 +82,3 @@ def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
             )
         )
     return stack(rows)
-
-
-def stack(rows: list[Batch]) -> Batch:
-    """Stack T batches of N rows into one (T, N) batch."""
-    first = rows[0]
-    pick = lambda name: torch.stack([getattr(row, name) for row in rows])  # noqa: E731
-    pick_obs = lambda name: {  # noqa: E731
-        key: torch.stack([getattr(row, name)[key] for row in rows]) for key in getattr(first, name)
-    }
-    pick_optional = lambda name: None if getattr(first, name) is None else pick(name)  # noqa: E731
-    return Batch(
-        obs=pick_obs("obs"),
-        action=pick("action"),
-        reward=pick("reward"),
-        next_obs=pick_obs("next_obs"),
-        terminated=pick("terminated"),
-        truncated=pick("truncated"),
-        discount=pick("discount"),
-        chain=pick_optional("chain"),
-        log_prob=pick_optional("log_prob"),
-    )

@@ -174,7 +174,7 @@ class Run:
         loop = self.config.loop
         intervals = (loop.log_every, loop.eval_every, loop.checkpoint_every)
         last = step >= loop.total or step == loop.steps
-        return last or any(_crossed(self.step, step, every) for every in intervals)
+        return last or any(crossed(self.step, step, every) for every in intervals)
 
     def after(
         self,
@@ -190,11 +190,11 @@ class Run:
         loop, before, self.step = self.config.loop, self.step, step
         # The end of the offline updates is logged, evaluated and saved like the end of the run.
         last = step >= loop.total or step == loop.steps
-        if last or _crossed(before, step, loop.log_every):
+        if last or crossed(before, step, loop.log_every):
             self._log(step)
-        saving = last or _crossed(before, step, loop.checkpoint_every)
+        saving = last or crossed(before, step, loop.checkpoint_every)
         try:
-            if self.config.env is not None and (last or _crossed(before, step, loop.eval_every)):
+            if self.config.env is not None and (last or crossed(before, step, loop.eval_every)):
                 self.evaluate(algo, step)
         finally:
             # Also when the environment fails in the evaluation: what was learnt must not go with it.
@@ -372,7 +372,8 @@ def with_seed(config: TrainConfig, seed: int) -> TrainConfig:
     return replace(config, seed=seed, seeds=1, resume="")
 
 
-def _crossed(before: int, step: int, every: int) -> bool:
+def crossed(before: int, step: int, every: int) -> bool:
+    """True where a multiple of `every` lies above `before` and not above `step`; never for 0."""
     return every > 0 and step // every > before // every
 
 

@@ -56,12 +56,19 @@ class Policy(nn.Module, ABC):
     reads_step: bool = (
         False  # True where actions depend on the step within the episode: obs[EPISODE_STEP] (B,)
     )
+    discrete: ClassVar[bool] = False  # True where it chooses among `Spec.choices` actions
     own_keys: ClassVar[tuple[str, ...]] = ()  # the observations it adds, which no environment has to offer
 
     def __init__(self, config: Any, spec: Spec) -> None:
         super().__init__()
         self.config = config
         self.spec = spec
+        if bool(spec.choices) != self.discrete:
+            offered = f"{spec.choices} discrete" if spec.choices else f"{spec.action_dim} continuous"
+            fix = "policy=categorical with algo=ppo or algo=props" if spec.choices else "policy=gaussian"
+            raise ConfigError(
+                f"policy={self.registry_name} can't act where there are {offered} actions. Fix: {fix}"
+            )
         self.horizon: int = int(getattr(config, "horizon", 1))
         self.execute: int = int(getattr(config, "execute", 0)) or self.horizon
         self.history: int = int(getattr(config, "history", 1))

@@ -150,7 +150,19 @@ class Gaussian(Policy):
 
     def log_prob(self, obs: Obs, chain: Tensor) -> Tensor:
         """Log-density (B,) of `chain` (B, 1, H, A), the sample before tanh."""
-        return self._density(chain[:, -1], *self.distribution(obs)).sum((1, 2))
+        return self.chain_log_prob(chain, *self.distribution(obs))
+
+    def chain_log_prob(self, chain: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
+        """Log-density (B,) of `chain` (B, 1, H, A) under an evaluated `distribution`."""
+        return self._density(chain[:, -1], mean, log_std).sum((1, 2))
+
+    @staticmethod
+    def divergence(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
+        """KL(first || second) (B,) in nats between evaluated `distribution`s; squashing doesn't change it."""
+        (mean, log_std), (other, other_log_std) = first, second
+        spread = (2 * (log_std - other_log_std)).exp()
+        shift = ((mean - other) * (-other_log_std).exp()).square()
+        return (other_log_std - log_std + 0.5 * (spread + shift - 1)).sum((1, 2))
 
     def action_log_prob(self, obs: Obs, chunk: Tensor) -> Tensor:
         """Log-density (B,) of a normalised chunk (B, H, A), e.g. of the dataset's actions."""

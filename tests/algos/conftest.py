@@ -15,6 +15,7 @@ from robopost.algos.offline.iql import IQL, IQLConfig
 from robopost.algos.offline.rebrac import ReBRAC, ReBRACConfig
 from robopost.algos.offline.td3_bc import TD3BC, TD3BCConfig
 from robopost.algos.online.ppo import PPO, PPOConfig
+from robopost.algos.online.props import PROPS, PROPSConfig
 from robopost.algos.online.sac import SAC, SACConfig
 from robopost.algos.online.td3 import TD3, TD3Config
 from robopost.data.batch import Batch, Spec
@@ -33,6 +34,7 @@ CLASSES = {
     "cql": (CQL, CQLConfig, "gaussian"),
     "cal_ql": (CalQL, CalQLConfig, "gaussian"),
     "ppo": (PPO, PPOConfig, "gaussian"),
+    "props": (PROPS, PROPSConfig, "gaussian"),
 }
 
 
@@ -47,9 +49,11 @@ def make(name, policy=None, seed=0, spec=SPEC, policy_options=None, **config):
     cls, config_cls, kind = CLASSES[name]
     torch.manual_seed(seed)
     options = dict(policy_options or {})
-    if name == "ppo":
+    if name in ("ppo", "props"):
         options = {"squash": False, "state_std": False, "activation": "tanh", "init": "orthogonal"} | options
         config = {"rollout_steps": 8, "batch_size": 8, "epochs": 2} | config
+    if name == "props":
+        config = {"behaviour_steps": 4, "behaviour_minibatches": 2} | config
     policy = policy if policy is not None else make_policy(kind, spec, **options)
     config.setdefault("hidden", [16, 16])
     if name == "a2pr":

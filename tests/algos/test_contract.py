@@ -8,7 +8,7 @@ import torch
 
 from robopost.errors import CheckpointError
 
-NAMES = ("a2pr", "cal_ql", "cql", "iql", "ppo", "rebrac", "sac", "td3", "td3_bc")
+NAMES = ("a2pr", "cal_ql", "cql", "iql", "ppo", "props", "rebrac", "sac", "td3", "td3_bc")
 
 
 @pytest.mark.parametrize("name", NAMES)

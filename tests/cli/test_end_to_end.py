@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from robopost.artefacts.checkpoint import latest
 from robopost.cli import main
 
-RECIPES = ["debug_offline", "debug_offline_to_online", "debug_offpolicy", "debug_onpolicy"]
+RECIPES = ["debug_offline", "debug_offline_to_online", "debug_offpolicy", "debug_onpolicy", "debug_props"]
 LIMIT = 20.0  # seconds a debug recipe may take
 
 
@@ -97,7 +97,9 @@ def test_out_is_not_overwritten(runs, capsys):
 def test_resume_equals_one_go(recipe, tmp_path):
     """Half the steps, then `resume=` to all of them: the same weights as one run."""
     whole, part = tmp_path / "whole", tmp_path / "part"
-    steps = {"debug_offline": 40, "debug_offpolicy": 240, "debug_onpolicy": 512}.get(recipe, 120)
+    steps = {"debug_offline": 40, "debug_offpolicy": 240, "debug_onpolicy": 512, "debug_props": 512}.get(
+        recipe, 120
+    )
     key = "online_steps" if recipe == "debug_offline_to_online" else "steps"
     words = [
         f"recipe={recipe}",

@@ -169,7 +169,7 @@ def test_any_id_with_time_limit_follows_gymnasium():
         ({}, ConfigError, r"env\.id is empty.*env\.id=Hopper-v5"),
         ({"id": "Hoper-v5"}, ConfigError, r"Did you mean 'Hopper-v5'"),
         ({"id": "Hopper-v5", "kwargs": {"wrong": 1}}, ConfigError, r"env\.kwargs=.*'wrong'"),
-        ({"id": "CartPole-v1"}, EnvError, r"Discrete\(2\)"),
+        ({"id": "FrozenLake-v1"}, EnvError, r"Discrete\(16\)"),
         ({"id": "Hopper-v5", "obs_keys": ["image"]}, EnvError, r"'image'.*Available: state"),
         ({"id": "Hopper-v5", "threads": -1}, ConfigError, r"env\.threads=-1"),
     ],
@@ -392,3 +392,19 @@ def test_make_vec_gives_specs_of_the_shipped_tasks():
     assert env.spec.obs == {"state": ((105,), "float32")}
     assert (env.spec.action_dim, env.spec.max_steps, env.spec.bounded) == (8, 1000, True)
     env.close()
+
+
+def test_discrete_actions_are_indices_and_checked():
+    env = VecEnv(make(GymnasiumConfig(id="CartPole-v1"), 2))
+    assert (env.spec.choices, env.spec.action_dim, env.spec.action_high) == (2, 1, (1.0,))
+    one = gym.make("CartPole-v1")
+    first, _ = one.reset(seed=4)
+    np.testing.assert_array_equal(env.reset(seed=[4, 5])["state"][0], first)
+    for choice in (1, 0, 1, 1):
+        step = env.step(np.array([[choice - 1e-6], [1.0]], np.float32))
+        obs, *_ = one.step(choice)
+        np.testing.assert_array_equal(step.obs["state"][0], obs)
+    with pytest.raises(EnvError, match=r"action of environment 1 is 2.*Discrete\(2\)"):
+        env.step(np.array([[0.0], [2.0]], np.float32))
+    with pytest.raises(EnvError, match=r"expected 2 integers"):
+        env.env.step(np.zeros((2, 1)))

@@ -50,6 +50,14 @@ POLICY = {
     "td3": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
     "sac": ["policy=gaussian", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
     "ppo": ["policy=gaussian", "policy.hidden=[16]", "algo.rollout_steps=10", "algo.batch_size=20"],
+    "props": [
+        "policy=gaussian",
+        "policy.hidden=[16]",
+        "algo.rollout_steps=10",
+        "algo.batch_size=20",
+        "algo.behaviour_steps=5",
+        "algo.behaviour_minibatches=2",
+    ],
 }
 ENVS = {
     "saves its state": ["env=InvertedPendulum-v5", "env.num_envs=2"],
@@ -77,7 +85,11 @@ def store(tmp_path_factory):
 
 def words(algo, store, env=None):
     out = [f"algo={algo}", *POLICY[algo], "loop.steps=60", "loop.log_every=20", "loop.checkpoint_every=30"]
-    out += ["loop.eval_episodes=2", "algo.batch_size=8"] if algo != "ppo" else ["loop.eval_episodes=2"]
+    out += (
+        ["loop.eval_episodes=2", "algo.batch_size=8"]
+        if algo not in ("ppo", "props")
+        else ["loop.eval_episodes=2"]
+    )
     if ALGOS.get(algo).target.regime == "offline":
         return [*out, f"data.path={store}", "env=null"]
     return [*out, *ENVS[env], "loop.steps=120", "loop.checkpoint_every=60", "loop.log_every=40"]

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -13,7 +13,7 @@ from gymnasium.vector.utils import batch_space
 
 from robopost.errors import EnvError
 
-from ..batching import check_actions, per_env_seeds
+from ..batching import check_actions, check_choices, per_env_seeds
 from .observations import ObservationAdapter, Observe, select, stack
 from .rendering import fast_frames
 
@@ -66,11 +66,13 @@ class InProcessVecEnv(VectorEnv):
         self._adapters = [observe(env.observation_space) for env in self.envs]
         self.single_observation_space = select(self._adapters[0].space, list(obs_keys))
         self.single_action_space = first.action_space
-        if not isinstance(first.action_space, gym.spaces.Box) or len(first.action_space.shape) != 1:
-            raise EnvError(f"action space {first.action_space} is not supported: robopost needs a flat Box")
+        space = first.action_space
+        self._discrete = isinstance(space, gym.spaces.Discrete)
+        if not self._discrete and not (isinstance(space, gym.spaces.Box) and len(space.shape) == 1):
+            raise EnvError(f"action space {space} is not supported: robopost needs a flat Box or a Discrete")
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._action_dim = first.action_space.shape[0]
+        self._action_dim = 1 if self._discrete else cast(Any, space.shape)[0]
         self._keys = list(self.single_observation_space.spaces)
         self._success, self._info_keys, self._fast_render = success, list(info_keys), fast_render
         self._option = per_env_option
@@ -99,10 +101,15 @@ class InProcessVecEnv(VectorEnv):
     def step(
         self, actions: np.ndarray
     ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
-        """Step every environment; ended ones are reset in the same step."""
+        """Step every environment; ended ones are reset in the same step. Discrete actions are integers (N,)."""
         if not self._started:
             raise EnvError("step() before reset(). Fix: call reset() first")
-        actions = check_actions(actions, self.num_envs, self._action_dim)
+        if self._discrete:
+            actions = check_choices(
+                actions, self.num_envs, cast(gym.spaces.Discrete, self.single_action_space)
+            )
+        else:
+            actions = check_actions(actions, self.num_envs, self._action_dim)
         rows: list[dict[str, np.ndarray]] = []
         finals: list[dict[str, np.ndarray]] = []
         reward = np.zeros(self.num_envs)

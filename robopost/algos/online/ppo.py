@@ -110,6 +110,7 @@ class PPO(Algorithm):
 
     registry_name = "ppo"
     regime = "onpolicy"
+    discrete = True
     steps = ("minibatch_step",)
 
     def __init__(
