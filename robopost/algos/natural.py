@@ -75,7 +75,7 @@ def conjugate_gradients(
     return x
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def natural_step(
     rows: Rows,
     surrogate: Callable[[], Tensor],

@@ -85,7 +85,7 @@ class Regression:
             self._grads.append((views[0], views[1]))
 
     @torch.no_grad()
-    @torch.compiler.disable
+    @torch.compiler.disable()
     def fit(
         self,
         member: int,
@@ -141,7 +141,7 @@ class Regression:
         return residual
 
     def predict(self, member: int, x: Tensor) -> Tensor:
-        """f of one member: (B, in) to (B, 1), without gradients."""
+        """Outputs of one member: (B, in) to (B, 1), without gradients."""
         hidden = x
         for weight, bias in self._layers[:-1]:
             hidden = torch.addmm(bias[member], hidden, weight[member]).tanh_()
@@ -186,7 +186,7 @@ class StackedQ(nn.Module):
         scale_head(self.net, head_scale)
 
     def forward(self, x: Tensor, action: Tensor) -> Tensor:
-        """x (G, B, D) and actions (G, B, A) to (G, B)."""
+        """Pairs x (G, B, D) and actions (G, B, A) to (G, B)."""
         return self.net(torch.cat([x, action], -1)).squeeze(-1)
 
     def many(self, x: Tensor, actions: Tensor) -> Tensor:

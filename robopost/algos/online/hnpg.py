@@ -1,31 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""HNPG: on-policy natural policy gradient whose critic also learns from recorded data (Zhou et al. 2023, arXiv 2311.08384).
+"""HNPG: on-policy natural policy gradient whose critic also learns from recorded data (Zhou et al. 2023).
 
-The critic is fitted to Monte-Carlo returns of fresh episodes and by temporal differences to recorded transitions; the
-policy takes a natural-gradient step (Kakade 2001; Schulman et al. 2015, TRPO, arXiv 1502.05477) on both sets of states.
-Reference implementation: `YifeiZhou02/HNPG`. NPG and TRPO are the same without recorded data.
+arXiv 2311.08384. The critic is fitted to Monte-Carlo returns of fresh episodes and by temporal differences to recorded
+transitions; the policy takes a natural-gradient step (Kakade 2001; Schulman et al. 2015, TRPO, arXiv 1502.05477) on
+both sets of states. Reference implementation: `YifeiZhou02/HNPG`. NPG and TRPO are the same without recorded data.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from robopost.algos.base import Algorithm, Metrics, Needs
+from robopost.algos.heads import Heads
 from robopost.algos.natural import StepResult, gaussian_kl, natural_step
-from robopost.algos.online.ppo import gae, normalise
+from robopost.algos.online.ppo import gae
 from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Obs, Spec
 from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError, DataError
-from robopost.nets.rows import Regression, Rows, StackedQ
-from robopost.nets.value import ObsConcat
-from robopost.policies.base import EPISODE_STEP, Policy
+from robopost.nets.rows import Regression, Rows
+from robopost.policies.base import Policy
 from robopost.policies.gaussian import normal_log_density
-from robopost.policies.stepwise import Stepwise
 from robopost.registry import ALGOS
 
 
@@ -47,7 +46,7 @@ class HNPGConfig(AlgoConfig):
     critic_batch_size: int = 0  # fresh and recorded rows each per Adam step, 0 = all of them
     critic_sweeps: int = 1  # fits per update, with new temporal-difference targets each; policy=stepwise: 1
     action_samples: int = 10  # V(s) is the mean of Q over so many actions of the policy
-    normalise_advantage: bool = False
+    normalise_advantage: bool = False  # per policy
     max_kl: float = 1e-2  # delta, of the quadratic model
     damping: float = 0.1  # added to the Fisher matrix's diagonal
     cg_iterations: int = 10
@@ -76,7 +75,7 @@ def surrogate(advantage: Tensor, log_ratio: Tensor) -> Tensor:
     return (advantage * log_ratio.exp()).mean(1)
 
 
-def fresh_weights(fresh: int, recorded: int, like: Tensor) -> Tensor:
+def halves(fresh: int, recorded: int, like: Tensor) -> Tensor:
     """(fresh + recorded, 1): 1/fresh and 1/recorded, so that a weighted sum of squares is the sum of two means."""
     ones = torch.ones(fresh + recorded, 1, device=like.device, dtype=like.dtype)
     ones[:fresh] /= max(fresh, 1)
@@ -94,8 +93,8 @@ class _Recorded:
 class HNPG(Algorithm):
     """HNPG: natural policy gradient with a critic of fresh returns and recorded transitions.
 
-    With `policy=stepwise` there is one policy and one critic per step of the episode (G = H of them), refitted backwards
-    in time; with another Gaussian policy there is one of each (G = 1). Tensors lead with (G, B).
+    With `policy=stepwise` there is one policy and one critic per step of the episode (G = H heads), refitted
+    backwards in time; with another Gaussian policy there is one of each (G = 1). Tensors of heads lead with (G, B).
     """
 
     registry_name = "hnpg"
@@ -113,52 +112,40 @@ class HNPG(Algorithm):
         generator: torch.Generator,
     ) -> None:
         super().__init__(config, policy, spec, device=device, generator=generator)
-        self._stepwise = policy if isinstance(policy, Stepwise) else None
-        self._check(config, policy)
-        members = self._stepwise.steps if self._stepwise else 1
-        self._join = ObsConcat(spec, policy.obs_keys, policy.history)
-        self.critic = StackedQ(members, self._join.dim, spec.action_dim, config.hidden).to(device)
+        self._heads = Heads(policy, config.hidden, config.action_samples, generator, self.registry_name)
+        self._per_step, self._count = self._heads.per_step, self._heads.count
+        self._check(config)
+        self.critic = self._heads.critic.to(device)
         self._regression = Regression(self.critic.net)
-        self._rows = Rows(policy, members)
-        self._squash = bool(getattr(policy.config, "squash", False))
+        self._rows = Rows(policy, self._count)
         self._recorded: _Recorded | None = None
 
-    def _check(self, config: HNPGConfig, policy: Policy) -> None:
-        name = self.registry_name
-        if not hasattr(policy, "distribution") or policy.horizon != 1:
+    def _check(self, config: HNPGConfig) -> None:
+        if not self._per_step and config.gamma == 1:
             raise ConfigError(
-                f"algo={name} needs a Gaussian policy of single actions, policy={policy.registry_name} with "
-                f"horizon={policy.horizon} is none. Fix: policy=stepwise or policy=gaussian policy.horizon=1"
+                f"algo.gamma=1 has no value function without end: policy={self.policy.registry_name} doesn't know "
+                "the step. Fix: algo.gamma=0.99, or policy=stepwise"
             )
-        if self._stepwise is None:
-            if config.gamma == 1:
-                raise ConfigError(
-                    f"algo.gamma=1 has no value function without end: policy={policy.registry_name} doesn't know "
-                    "the step. Fix: algo.gamma=0.99, or policy=stepwise"
-                )
-            if config.rollout_steps < 1:
-                raise ConfigError(
-                    "algo.rollout_steps=0 means a whole episode of policy=stepwise. Fix: algo.rollout_steps=2048"
-                )
-        else:
-            horizon = self._stepwise.steps
-            if config.rollout_steps % horizon:
-                raise ConfigError(
-                    f"algo.rollout_steps={config.rollout_steps} must be a multiple of the {horizon} steps that "
-                    f"policy=stepwise has. Fix: algo.rollout_steps={horizon}, more env.num_envs for larger batches"
-                )
-            if config.critic_sweeps > 1:
-                raise ConfigError(
-                    f"algo.critic_sweeps={config.critic_sweeps} must be 1 with policy=stepwise: one pass backwards "
-                    "carries values over the whole episode"
-                )
+        if not self._per_step and config.rollout_steps < 1:
+            raise ConfigError(
+                "algo.rollout_steps=0 means a whole episode of policy=stepwise. Fix: algo.rollout_steps=2048"
+            )
+        if self._per_step and config.rollout_steps % self._count:
+            raise ConfigError(
+                f"algo.rollout_steps={config.rollout_steps} must be a multiple of the {self._count} steps that "
+                f"policy=stepwise has. Fix: algo.rollout_steps={self._count}, more env.num_envs for larger batches"
+            )
+        if self._per_step and config.critic_sweeps > 1:
+            raise ConfigError(
+                f"algo.critic_sweeps={config.critic_sweeps} must be 1 with policy=stepwise: one pass backwards "
+                "carries values over the whole episode"
+            )
 
     @property
     def needs(self) -> Needs:
         """Rollouts of the current policy."""
         cfg = self.config
-        own = self._stepwise.steps if self._stepwise else 0
-        return Needs(gamma=cfg.gamma, rollout_steps=cfg.rollout_steps or own)
+        return Needs(gamma=cfg.gamma, rollout_steps=cfg.rollout_steps or self._count)
 
     def attach(self, dataset: Dataset) -> None:
         """Keep the recorded data to draw from.
@@ -168,20 +155,18 @@ class HNPG(Algorithm):
         """
         if not self.config.hybrid:
             return
-        if self._stepwise is None:
+        if not self._per_step:
             steps = dataset.transition_steps(torch.arange(dataset.num_transitions))
             self._recorded = _Recorded(dataset, steps.unsqueeze(0))
             return
-        horizon = self._stepwise.steps
-        wrong = [(i, int(length)) for i, length in enumerate(dataset.lengths) if length != horizon]
-        if wrong:
+        wrong = np.flatnonzero(dataset.lengths != self._count)
+        if len(wrong):
             raise DataError(
-                f"episode {wrong[0][0]} of data.path has {wrong[0][1]} steps, policy=stepwise has {horizon}. "
-                "Fix: data of the same horizon as the environment"
+                f"episode {wrong[0]} of data.path has {dataset.lengths[wrong[0]]} steps, policy=stepwise has "
+                f"{self._count}. Fix: data of the environment's horizon"
             )
-        self._recorded = _Recorded(
-            dataset, torch.arange(dataset.num_steps).view(-1, horizon).t().contiguous()
-        )
+        table = torch.arange(dataset.num_steps).view(-1, self._count).t().contiguous()
+        self._recorded = _Recorded(dataset, table)
 
     def update(self, batch: Batch) -> Metrics:
         """One iteration from a rollout with leading dimensions (T, N), in normalised units.
@@ -198,8 +183,8 @@ class HNPG(Algorithm):
                 "Fix: data.path=<store>, or algo.hybrid=false"
             )
         fresh = self._fresh(batch)
+        recorded = self._draw(fresh["reward"].numel() // self._count) if self._recorded else None
         self.updates += 1
-        recorded = self._draw(fresh["reward"].numel() // self._rows.members) if self._recorded else None
         return self.iterate(fresh, recorded)
 
     def _fresh(self, batch: Batch) -> dict[str, Tensor]:
@@ -208,15 +193,15 @@ class HNPG(Algorithm):
         done = batch.terminated | batch.truncated
         tensors = {
             "action": batch.action,
-            "chain": batch.chain.flatten(2, -2)[:, :, 0],
+            "chain": batch.chain[:, :, -1, 0],
             "reward": batch.reward,
             "done": done,
             "discount": batch.discount,
         }
-        tensors |= {f"obs/{key}": value for key, value in batch.obs.items() if key != EPISODE_STEP}
-        if self._stepwise is None:
-            return tensors | {f"next_obs/{key}": value for key, value in batch.next_obs.items()}
-        horizon = self._stepwise.steps
+        tensors |= {f"obs/{key}": batch.obs[key] for key in self.policy.obs_keys}
+        if not self._per_step:
+            return tensors | {f"next_obs/{key}": batch.next_obs[key] for key in self.policy.obs_keys}
+        horizon = self._count
         if self.device.type == "cpu" or self.updates == 0:  # on a GPU a look at the flags would wait for it
             _check_episodes(done, horizon)
         fold = lambda x: x.unflatten(0, (-1, horizon)).transpose(0, 1).flatten(1, 2)  # noqa: E731
@@ -229,44 +214,45 @@ class HNPG(Algorithm):
         """Recorded transitions (G, B, ...): per step of the episode with per-step policies."""
         assert self._recorded is not None
         dataset, table = self._recorded.dataset, self._recorded.table
-        members, available = table.shape
+        heads, available = table.shape
         count = self.config.offline_batch or min(fresh, available)
-        pick = torch.randint(available, (members, count), generator=self.generator, device=self.device)
+        pick = torch.randint(available, (heads, count), generator=self.generator, device=self.device)
         steps = table.gather(1, pick.to(table.device)).flatten()
         batch = dataset.transitions_at(
             steps, gamma=self.config.gamma, history=self.policy.history, keys=self.policy.obs_keys
         )
-        batch = batch.map(lambda tensor: tensor.unflatten(0, (members, count)))
+        batch = batch.map(lambda tensor: tensor.unflatten(0, (heads, count)))
         tensors = {"action": batch.action, "reward": batch.reward, "discount": batch.discount}
         tensors |= {f"obs/{key}": value for key, value in batch.obs.items()}
         return tensors | {f"next_obs/{key}": value for key, value in batch.next_obs.items()}
 
-    # -- one iteration ------------------------------------------------------------------------------------------
-
     def iterate(self, fresh: dict[str, Tensor], recorded: dict[str, Tensor] | None) -> Metrics:
         """Fit the critics, then step the policies; a pure function of the data."""
-        obs = _part(fresh, "obs/")
+        cfg, heads, obs = self.config, self._heads, _part(fresh, "obs/")
         with torch.no_grad():
             metrics = self._fit(fresh, recorded)
             value = self._value(obs)
-            next_value = self._next_value(fresh, value)
-            trace = self.config.gamma * self.config.gae_lambda
             advantage, returns = gae(
-                fresh["reward"], fresh["discount"], fresh["done"], value, next_value, trace
+                fresh["reward"],
+                fresh["discount"],
+                fresh["done"],
+                value,
+                self._next_value(fresh, value),
+                cfg.gamma * cfg.gae_lambda,
             )
             explained = 1 - (returns - value).var() / returns.var().clamp_min(1e-8)
             states = {key: self._group(item) for key, item in obs.items()}
             chain, advantage = self._group(fresh["chain"]), self._group(advantage)
             if recorded is not None:
+                # The policy's own actions, not the recorded ones: A = Q(s, a) - V(s), a ~ pi.
                 old = _part(recorded, "obs/")
-                mean, log_std = self._distribution(old)
-                ours = self._sample(mean, log_std)
-                q = self.critic(self._join(old), self._executed(ours))
+                ours = heads.sample(old)
+                gain = heads.q(old, heads.executed(ours)) - heads.value(old)
                 states = {key: torch.cat([item, old[key]], 1) for key, item in states.items()}
-                chain = torch.cat([chain, ours], 1)
-                advantage = torch.cat([advantage, q - self._grouped_value(old)], 1)
-            if self.config.normalise_advantage:
-                advantage = normalise(advantage)
+                chain, advantage = torch.cat([chain, ours], 1), torch.cat([advantage, gain], 1)
+            if cfg.normalise_advantage:
+                spread = advantage.std(1, keepdim=True) + 1e-8
+                advantage = (advantage - advantage.mean(1, keepdim=True)) / spread
         result = self.policy_step(states, chain, advantage)
         return metrics | {
             "loss/actor": -result.before.mean(),
@@ -274,7 +260,7 @@ class HNPG(Algorithm):
             "policy/kl": result.kl.mean(),
             "policy/step": result.share.mean(),
             "policy/accepted": (result.share > 0).float().mean(),
-            "policy/entropy": self._entropy(states),
+            "policy/entropy": heads.entropy(states),
             "value/explained_variance": explained,
             "value/v_mean": value.mean(),
         }
@@ -287,18 +273,18 @@ class HNPG(Algorithm):
             chain: (G, B, A) what the policy sampled, before clipping or squashing.
             advantage: (G, B).
         """
-        cfg = self.config
+        cfg, heads = self.config, self._heads
         with torch.no_grad():
-            mean, log_std = self._distribution(states)
+            mean, log_std = heads.distribution(states)
             old = normal_log_density(chain, mean, log_std).sum(-1)
 
         def objective() -> Tensor:
             # The density of a squashed sample differs by a factor that both sides of the ratio share.
-            density = normal_log_density(chain, *self._distribution(states)).sum(-1)
+            density = normal_log_density(chain, *heads.distribution(states)).sum(-1)
             return surrogate(advantage, density - old)
 
         def divergence() -> Tensor:
-            return gaussian_kl(mean, log_std, *self._distribution(states)).sum(-1).mean(1)
+            return gaussian_kl(mean, log_std, *heads.distribution(states)).sum(-1).mean(1)
 
         return natural_step(
             self._rows,
@@ -314,124 +300,70 @@ class HNPG(Algorithm):
     def _fit(self, fresh: dict[str, Tensor], recorded: dict[str, Tensor] | None) -> Metrics:
         """Refit Q: mean over fresh (Q - G)^2 + mean over recorded (Q - y)^2.
 
-        G is the return (bootstrapped where a time limit or the rollout's end cut it), y = r + discount Q(s', a') with
-        one a' ~ pi. With per-step policies backwards in time, y from the next step's critic, refitted before.
+        G is the return (bootstrapped where a time limit or the rollout's end cut it), y = r + discount Q(s', a')
+        with one a' ~ pi. With per-step policies backwards in time, y from the next step's critic, refitted before.
         """
-        cfg = self.config
-        obs = _part(fresh, "obs/")
-        if self._stepwise is not None:
-            zero = torch.zeros_like(fresh["reward"])
-            value = next_value = zero
-        else:
+        cfg, heads, obs = self.config, self._heads, _part(fresh, "obs/")
+        value = next_value = torch.zeros_like(fresh["reward"])
+        if not self._per_step:
             value = self._value(obs)
             next_value = self._next_value(fresh, value)
-        _, returns = gae(fresh["reward"], fresh["discount"], fresh["done"], value, next_value, cfg.gamma)
-        x = torch.cat([self._group(self._join(obs)), self._group(fresh["action"])], -1)
+        reward, discount, done = fresh["reward"], fresh["discount"], fresh["done"]
+        _, returns = gae(reward, discount, done, value, next_value, cfg.gamma)
+        x = self._group(torch.cat([heads.join(obs), fresh["action"]], -1))
         target, count = self._group(returns).unsqueeze(-1), x.shape[1]
-        ahead = torch.zeros(0)
         if recorded is not None:
-            old = torch.cat([self._join(_part(recorded, "obs/")), recorded["action"]], -1)
+            old = torch.cat([heads.join(_part(recorded, "obs/")), recorded["action"]], -1)
             x = torch.cat([x, old], 1)
-            ahead = self._ahead(recorded)
-        extra = x.shape[1] - count
         losses = []
         for _ in range(cfg.critic_sweeps):
-            for member in reversed(range(len(x))):
-                goal = target[member]
-                if recorded is not None:
-                    y = recorded["reward"][member].unsqueeze(-1)
-                    if self._stepwise is None:
-                        y = y + recorded["discount"][member].unsqueeze(-1) * self._regression.predict(
-                            0, ahead[0]
-                        )
-                        ahead = self._ahead(recorded) if cfg.critic_sweeps > 1 else ahead
-                    elif member < len(x) - 1:
-                        y = y + cfg.gamma * self._regression.predict(member + 1, ahead[member])
-                    goal = torch.cat([goal, y])
-                losses.append(self._fit_one(member, x[member], goal, count, extra))
+            ahead = heads.ahead(_part(recorded, "next_obs/")) if recorded is not None else None
+            for head in reversed(range(self._count)):
+                goal = target[head]
+                if recorded is not None and ahead is not None:
+                    goal = torch.cat([goal, self._bootstrap(recorded, ahead, head)])
+                losses.append(self._fit_head(head, x[head], goal, count))
         loss = torch.stack(losses).mean(0)
         metrics = {"loss/critic": loss.sum(), "loss/critic_fresh": loss[0], "value/return": returns.mean()}
         return metrics if recorded is None else metrics | {"loss/critic_recorded": loss[1]}
 
-    def _fit_one(self, member: int, x: Tensor, target: Tensor, fresh: int, recorded: int) -> Tensor:
-        """Both mean squares (2,) before the last Adam step."""
-        cfg, size, pick = self.config, self.config.critic_batch_size, None
-        if size:
-            draw = lambda high: torch.randint(  # noqa: E731
-                high, (cfg.critic_steps, size), generator=self.generator, device=self.device
-            )
+    def _bootstrap(self, recorded: dict[str, Tensor], ahead: Tensor, head: int) -> Tensor:
+        """Y (B, 1) of a head's recorded transitions; the last step of an episode has nothing behind it."""
+        y = recorded["reward"][head].unsqueeze(-1)
+        if not self._per_step:
+            return y + recorded["discount"][head].unsqueeze(-1) * self._regression.predict(head, ahead[head])
+        if head == self._count - 1:
+            return y
+        return y + self.config.gamma * self._regression.predict(head + 1, ahead[head])
+
+    def _fit_head(self, head: int, x: Tensor, target: Tensor, fresh: int) -> Tensor:
+        """Fit one critic, fresh rows first; both mean squares (2,) before the last Adam step."""
+        cfg, recorded, pick = self.config, len(x) - fresh, None
+        if cfg.critic_batch_size:
+            shape = (cfg.critic_steps, cfg.critic_batch_size)
+            draw = lambda n: torch.randint(n, shape, generator=self.generator, device=self.device)  # noqa: E731
             pick = torch.cat([draw(fresh), fresh + draw(recorded)], 1) if recorded else draw(fresh)
-            fresh, recorded = size, size if recorded else 0
-        weight = fresh_weights(fresh, recorded, x)
+            fresh, recorded = shape[1], shape[1] if recorded else 0
+        weight = halves(fresh, recorded, x)
         residual = self._regression.fit(
-            member, x, target, weight, steps=cfg.critic_steps, lr=cfg.critic_lr, pick=pick
+            head, x, target, weight, steps=cfg.critic_steps, lr=cfg.critic_lr, pick=pick
         )
         squares = weight * residual.square()
         return torch.stack([squares[:fresh].sum(), squares[fresh:].sum()])
 
-    def _ahead(self, recorded: dict[str, Tensor]) -> Tensor:
-        """(G, B, D + A) next states of recorded transitions with an action of the policy that acts there."""
-        obs = _part(recorded, "next_obs/")
-        if self._stepwise is None:
-            return torch.cat([self._join(obs), self._executed(self._sample(*self._distribution(obs)))], -1)
-        # Step h + 1 acts on the next states of step h; what arrives at step 0 is not used.
-        x = self._join(obs)
-        mean, log_std = self._stepwise.heads(x.roll(1, 0))
-        return torch.cat([x, self._executed(self._sample(mean, log_std)).roll(-1, 0)], -1)
-
-    # -- policies and values in groups --------------------------------------------------------------------------
-
     def _group(self, x: Tensor) -> Tensor:
         """(T, N, ...) to (G, B, ...)."""
-        return x if self._stepwise is not None else x.flatten(0, 1).unsqueeze(0)
-
-    def _distribution(self, obs: Obs) -> tuple[Tensor, Tensor]:
-        """Mean (G, B, A) and log-std (G, B or 1, A) for (G, B, ...)."""
-        if self._stepwise is not None:
-            return self._stepwise.heads(self._join(obs))
-        mean, log_std = self.policy.distribution({key: value[0] for key, value in obs.items()})
-        return mean.transpose(0, 1), log_std.transpose(0, 1)
-
-    def _sample(self, mean: Tensor, log_std: Tensor) -> Tensor:
-        noise = torch.randn(mean.shape, generator=self.generator, device=mean.device, dtype=mean.dtype)
-        return mean + log_std.exp() * noise
-
-    def _executed(self, chain: Tensor) -> Tensor:
-        """What the environment gets for a sample, normalised: squashed, or clipped to the bounds."""
-        if self._squash:
-            return chain.tanh()
-        norm = self.policy.normaliser
-        return torch.minimum(
-            torch.maximum(chain, norm.action(norm.action_low)), norm.action(norm.action_high)
-        )
+        return x if self._per_step else x.flatten(0, 1).unsqueeze(0)
 
     def _value(self, obs: Obs) -> Tensor:
-        """V for (T, N, ...): (T, N)."""
-        value = self._grouped_value({key: self._group(item) for key, item in obs.items()})
-        return value if self._stepwise is not None else value[0].unflatten(0, (-1, self._width(obs)))
-
-    def _grouped_value(self, obs: Obs) -> Tensor:
-        """V(s) = mean of Q(s, a_i) over `action_samples` actions of the policy: (G, B)."""
-        mean, log_std = self._distribution(obs)
-        shape = (*mean.shape[:2], self.config.action_samples, mean.shape[2])
-        noise = torch.randn(shape, generator=self.generator, device=mean.device, dtype=mean.dtype)
-        chain = mean.unsqueeze(2) + log_std.exp().unsqueeze(2) * noise
-        return self.critic.many(self._join(obs), self._executed(chain)).mean(2)
+        """V for observations (T, N, ...): (T, N)."""
+        value = self._heads.value({key: self._group(item) for key, item in obs.items()})
+        return value if self._per_step else value[0].unflatten(0, next(iter(obs.values())).shape[:2])
 
     def _next_value(self, fresh: dict[str, Tensor], value: Tensor) -> Tensor:
-        if self._stepwise is None:
-            return self._value(_part(fresh, "next_obs/"))
-        return torch.cat([value[1:], torch.zeros_like(value[:1])])
-
-    @staticmethod
-    def _width(obs: Obs) -> int:
-        return next(iter(obs.values())).shape[1]
-
-    @torch.no_grad()
-    def _entropy(self, states: Obs) -> Tensor:
-        """Of the Gaussian before squashing, mean over states and policies, in nats."""
-        _, log_std = self._distribution(states)
-        return (log_std + 0.5 * (1 + math.log(2 * math.pi))).sum(-1).mean()
+        if self._per_step:
+            return torch.cat([value[1:], torch.zeros_like(value[:1])])
+        return self._value(_part(fresh, "next_obs/"))
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> Obs:
