@@ -60,7 +60,9 @@ class Regression:
     """Fits the members of a stacked tanh perceptron one after another, in closed form.
 
     A step of a small network is all overhead: the graph of the loss has dozens of nodes, an optimiser over six
-    parameters dozens more. Here it is one fused Adam over a row, and gradients are written where Adam reads them.
+    parameters dozens more. Here gradients are written where one fused Adam over a row reads them, a column of ones
+    beside each layer's input makes weight and bias one product, and tanh(z) = 2 sigmoid(2 z) - 1, which torch
+    evaluates in a seventh of the time on CPUs (the same to 2e-7).
 
     Args:
         net: tanh between its layers, one output per member.
@@ -71,18 +73,16 @@ class Regression:
         data = self.rows.data
         self._grad = torch.zeros_like(data[0])
         self._moments = torch.zeros(2, data.shape[1], device=data.device, dtype=data.dtype)
-        self._count = torch.zeros((), device=data.device)
+        self._counts = torch.zeros(0).unbind()  # 1, 2, ..: Adam's step numbers
         linears = [layer for layer in net if isinstance(layer, EnsembleLinear)]
         self._layers = [(layer.weight.detach(), layer.bias.detach()) for layer in linears]
-        self._grads: list[tuple[Tensor, Tensor]] = []
+        # A row holds weight (in, out), then bias (1, out), layer after layer: together (in + 1, out).
+        self._grads: list[Tensor] = []
         offset = 0
-        for weight, bias in self._layers:
-            views = []
-            for shape in (weight.shape[1:], bias.shape[1:]):
-                size = shape.numel()
-                views.append(self._grad[offset : offset + size].view(shape))
-                offset += size
-            self._grads.append((views[0], views[1]))
+        for weight, _ in self._layers:
+            shape = (weight.shape[1] + 1, weight.shape[2])
+            self._grads.append(self._grad[offset : offset + shape[0] * shape[1]].view(shape))
+            offset += shape[0] * shape[1]
 
     @torch.no_grad()
     @torch.compiler.disable()
@@ -103,33 +103,34 @@ class Regression:
             member: which one.
             x: (B, in).
             target: (B, 1).
-            weight: (B, 1).
+            weight: (B, 1), or (b, 1) with `pick`.
             steps: of Adam.
             lr: its learning rate.
             pick: (steps, b) rows of each step's minibatch, None = all rows at every step.
 
         Returns:
-            (B, 1) f(x) - target before the last step (of a minibatch: of its rows).
+            F(x) - target before the last step: (B, 1), of a minibatch (b, 1).
         """
-        layers = [(w[member], b[member]) for w, b in self._layers]
+        if len(self._counts) < steps:
+            self._counts = torch.arange(1.0, steps + 1, device=x.device).unbind()
         row = self.rows.data[member]
         first, second = self._moments[0].zero_(), self._moments[1].zero_()
-        self._count.zero_()
-        twice = 2 * weight
-        residual = target
-        rows = (x, target, twice)
+        layers = [(w[member], b[member]) for w, b in self._layers]
+        rows = len(x) if pick is None else pick.shape[1]
+        work = _Workspace(layers, self._grads, x, rows)
+        twice, residual, goal = 2 * weight, target, target
         for step in range(steps):
             if pick is not None:
-                rows = (x[pick[step]], target[pick[step]], twice[pick[step]])
-            residual = self._backward(layers, *rows)
-            self._count.add_(1)
+                work.inputs[0][:, :-1] = x[pick[step]]
+                goal = target[pick[step]]
+            residual = work.backward(goal, twice)
             torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
                 [row],
                 [self._grad],
                 [first],
                 [second],
                 [],
-                [self._count],
+                [self._counts[step]],
                 amsgrad=False,
                 lr=lr,
                 beta1=0.9,
@@ -144,25 +145,46 @@ class Regression:
         """Outputs of one member: (B, in) to (B, 1), without gradients."""
         hidden = x
         for weight, bias in self._layers[:-1]:
-            hidden = torch.addmm(bias[member], hidden, weight[member]).tanh_()
+            hidden = tanh_(torch.addmm(bias[member], hidden, weight[member]))
         return torch.addmm(self._layers[-1][1][member], hidden, self._layers[-1][0][member])
 
-    def _backward(
-        self, layers: list[tuple[Tensor, Tensor]], x: Tensor, target: Tensor, twice: Tensor
-    ) -> Tensor:
-        """Write the gradient of the weighted squares; returns the residual."""
-        hidden = [x]
-        for w, b in layers[:-1]:
-            hidden.append(torch.addmm(b, hidden[-1], w).tanh_())
-        residual = torch.addmm(layers[-1][1], hidden[-1], layers[-1][0]).sub_(target)
+
+class _Workspace:
+    """Buffers and views of one fit; its gradients go where `grads` lie."""
+
+    def __init__(
+        self, layers: list[tuple[Tensor, Tensor]], grads: list[Tensor], x: Tensor, rows: int
+    ) -> None:
+        ones = lambda width: torch.ones(rows, width + 1, device=x.device, dtype=x.dtype)  # noqa: E731
+        self.layers, self.grads = layers, grads
+        self.inputs = [ones(weight.shape[0]) for weight, _ in layers]
+        if rows == len(x):
+            self.inputs[0][:, :-1] = x
+        self.minus_one = torch.full((), -1.0, device=x.device, dtype=x.dtype)
+        # Python that makes a view takes as long as a small kernel: all views are made once.
+        self.hidden = [inputs[:, :-1] for inputs in self.inputs]
+        self.turned = [inputs.t() for inputs in self.inputs]
+        self.back = [weight.t() for weight, _ in layers]
+
+    def backward(self, target: Tensor, twice: Tensor) -> Tensor:
+        """Write the gradient of the weighted squares; returns the residual (b, 1)."""
+        layers, hidden = self.layers, self.hidden
+        for index, (weight, bias) in enumerate(layers[:-1]):
+            doubled = torch.addmm(bias, hidden[index], weight, beta=2, alpha=2)
+            torch.add(self.minus_one, doubled.sigmoid_(), alpha=2, out=hidden[index + 1])
+        weight, bias = layers[-1]
+        residual = torch.addmm(bias, hidden[-1], weight).sub_(target)
         flow = residual * twice
-        for index in reversed(range(len(layers))):
-            grad_w, grad_b = self._grads[index]
-            torch.mm(hidden[index].t(), flow, out=grad_w)
-            torch.sum(flow, 0, keepdim=True, out=grad_b)
+        for index in range(len(layers) - 1, -1, -1):
+            torch.mm(self.turned[index], flow, out=self.grads[index])
             if index:
-                flow = torch.ops.aten.tanh_backward(flow @ layers[index][0].t(), hidden[index])
+                flow = torch.ops.aten.tanh_backward(flow @ self.back[index], hidden[index])
         return residual
+
+
+def tanh_(x: Tensor) -> Tensor:
+    """Tanh in place, see `Regression`."""
+    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
 
 
 class StackedQ(nn.Module):
@@ -189,8 +211,12 @@ class StackedQ(nn.Module):
         """Pairs x (G, B, D) and actions (G, B, A) to (G, B)."""
         return self.net(torch.cat([x, action], -1)).squeeze(-1)
 
+    @torch.no_grad()
     def many(self, x: Tensor, actions: Tensor) -> Tensor:
-        """Several actions (G, B, n, A) for each x (G, B, D): (G, B, n). What x contributes is computed once."""
+        """Several actions (G, B, n, A) for each x (G, B, D), without gradients: (G, B, n).
+
+        What x contributes to the first layer is computed once.
+        """
         linears = [layer for layer in self.net if isinstance(layer, EnsembleLinear)]
         weight, bias = linears[0].weight, linears[0].bias
         fixed = torch.baddbmm(bias, x, weight[:, : self.in_dim])
@@ -198,7 +224,7 @@ class StackedQ(nn.Module):
         hidden = moving.unflatten(1, actions.shape[1:3]) + fixed.unsqueeze(2)
         hidden = hidden.flatten(1, 2)
         for layer in linears[1:]:
-            hidden = torch.baddbmm(layer.bias, hidden.tanh(), layer.weight)
+            hidden = torch.baddbmm(layer.bias, tanh_(hidden), layer.weight)
         return hidden.unflatten(1, actions.shape[1:3]).squeeze(-1)
 
 
