@@ -304,12 +304,12 @@ class HNPG(Algorithm):
         with one a' ~ pi. With per-step policies backwards in time, y from the next step's critic, refitted before.
         """
         cfg, heads, obs = self.config, self._heads, _part(fresh, "obs/")
-        value = next_value = torch.zeros_like(fresh["reward"])
+        reward, done, cut = fresh["reward"], fresh["done"], torch.zeros_like(fresh["reward"])
         if not self._per_step:
-            value = self._value(obs)
-            next_value = self._next_value(fresh, value)
-        reward, discount, done = fresh["reward"], fresh["discount"], fresh["done"]
-        _, returns = gae(reward, discount, done, value, next_value, cfg.gamma)
+            after = self._value(_part(fresh, "next_obs/"))
+            cut = torch.where(done, after, cut)
+            cut[-1] = after[-1]
+        _, returns = gae(reward, fresh["discount"], done, torch.zeros_like(cut), cut, cfg.gamma)
         x = self._group(torch.cat([heads.join(obs), fresh["action"]], -1))
         target, count = self._group(returns).unsqueeze(-1), x.shape[1]
         if recorded is not None:
@@ -361,9 +361,12 @@ class HNPG(Algorithm):
         return value if self._per_step else value[0].unflatten(0, next(iter(obs.values())).shape[:2])
 
     def _next_value(self, fresh: dict[str, Tensor], value: Tensor) -> Tensor:
+        """V of the true next observations; within an episode the estimate of the row that follows."""
+        last = torch.zeros_like(value[:1])
         if self._per_step:
-            return torch.cat([value[1:], torch.zeros_like(value[:1])])
-        return self._value(_part(fresh, "next_obs/"))
+            return torch.cat([value[1:], last])
+        after = self._value(_part(fresh, "next_obs/"))
+        return torch.where(fresh["done"], after, torch.cat([value[1:], after[-1:]]))
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> Obs:
