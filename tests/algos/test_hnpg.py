@@ -659,9 +659,9 @@ def test_environments_that_do_not_fit_are_refused_before_the_first_update(tmp_pa
     with pytest.raises(ConfigError, match=r"data.path is empty"):
         train(compose(["algo=hnpg", "env=lock", *base]))
     store = tmp_path / "d.zarr"
-    collect(CollectConfig(env=LockConfig(horizon=4), episodes=3, num_envs=3, out=str(store)))
-    with pytest.raises(DataError, match=r"has 4 steps, policy=stepwise has 5"):
-        train(compose(["algo=hnpg", "env=lock", "env.horizon=5", f"data.path={store}", *base]))
+    collect(CollectConfig(env=LockConfig(horizon=3), episodes=3, num_envs=3, out=str(store)))
+    with pytest.raises(DataError, match=r"has 3 steps, policy=stepwise has 4"):
+        train(compose(["algo=hnpg", "env=lock", "env.horizon=4", f"data.path={store}", *base]))
     with pytest.raises(DataError, match=r"the environment has 'state'"):
         train(compose(["algo=hnpg", "env=lock", "env.horizon=13", f"data.path={store}", *base]))
     assert not (tmp_path / "run").exists()
