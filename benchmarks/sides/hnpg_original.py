@@ -14,9 +14,10 @@ Its modules set torch's default type to float64, so everything of it runs within
 
 import argparse
 import ast
+import contextlib
+import io
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from sides.originals import load_module, reference, stub
 MODULES = ("utils", "models", "replay_memory", "trpo", "collect_offline", "lock_continuous", "running_state")
 
 
-@contextmanager
+@contextlib.contextmanager
 def double() -> Iterator[None]:
     """Within this context torch's default type is float64 and numpy has two of its old names."""
     torch.set_default_dtype(torch.float64)
@@ -86,7 +87,7 @@ class Original:
             args: argparse.Namespace = space["parse_args"]()
         finally:
             sys.argv = argv
-        with double():
+        with double(), contextlib.redirect_stdout(io.StringIO()):
             space["set_seed_everywhere"](seed)
             env = space["Lock"]()
             env.init(horizon=horizon, action_dim=10)
