@@ -3,6 +3,7 @@
 
 from . import adapters as adapters
 from . import arms as arms
+from . import lock as lock
 from .rendering import select_gl
 
 select_gl()

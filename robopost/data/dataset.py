@@ -155,6 +155,11 @@ class Dataset:
         return len(self._lengths)
 
     @property
+    def lengths(self) -> np.ndarray:
+        """(E,) recorded steps of every episode."""
+        return self._lengths
+
+    @property
     def num_transitions(self) -> int:
         """Steps that `sample` draws from."""
         usable = self._index.usable

@@ -32,6 +32,11 @@ class Collector:
         self._success = np.zeros(env.num_envs, bool)
         self._resets = 0
 
+    @property
+    def length(self) -> np.ndarray:
+        """(N,) int64 steps that the running episodes have had."""
+        return self._length
+
     def start(self, state: dict[str, Any] | None) -> None:
         """Reset, or go on from the loop state of a checkpoint."""
         if state is None or not self.env.can_save:

@@ -9,19 +9,30 @@ from typing import Any
 import torch
 
 from robopost.data.batch import Batch, bootstrap_discount, stack
-from robopost.errors import ConfigError
+from robopost.data.dataset import Dataset
+from robopost.data.mixture import check_same_task
+from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.run import Files, Run, crossed
-from robopost.vector import make_vec, to_torch
+from robopost.policies.base import EPISODE_STEP
+from robopost.vector import VecEnv, make_vec, to_torch
 
 
 def run_onpolicy(run: Run) -> None:
-    """Train in `config.env` until `config.loop.steps` environment steps (all copies together) are done."""
+    """Train in `config.env` until `config.loop.steps` environment steps (all copies together) are done.
+
+    Recorded data (`data.path`), if there is any, gives the normaliser its statistics, and the algorithm gets all of it
+    through `attach`: one that learns from it draws from it in `update`.
+    """
     config = run.config
     history = int(getattr(config.policy, "history", 1))
     env = make_vec(config.env, config.env.num_envs, history=history)
     try:
-        algo = run.build(env.spec, None, f"env {config.env.name}")
+        recorded = _recorded(run, env)
+        stats, source = (
+            (recorded.stats, recorded.dataset_id) if recorded else (None, f"env {config.env.name}")
+        )
+        algo = run.build(env.spec, stats, source)
         if algo.policy.execute != 1 or not algo.policy.has_log_prob:
             raise ConfigError(
                 f"algo={config.algo.name} needs a policy with a log-probability that acts every step; "
@@ -34,8 +45,16 @@ def run_onpolicy(run: Run) -> None:
                 f"divide a rollout of algo.rollout_steps={steps} x env.num_envs={env.num_envs}. "
                 f"Fix: a divisor of {steps * env.num_envs}"
             )
+        state = run.prepare(algo)
+        if state is not None and state.get("dataset", source) != source:
+            raise CheckpointError(
+                f"{config.data.path} has changed since {run.folder} was trained with it. "
+                "Fix: restore it, or start a new run with out=<folder>"
+            )
+        if recorded is not None:
+            algo.attach(recorded.normalise(algo.policy.normaliser))
         collector = Collector(env, run)
-        collector.start(run.prepare(algo))
+        collector.start(state)
         while run.step < config.loop.steps:
             began = time.perf_counter()
             batch = _rollout(collector, algo, steps)
@@ -45,7 +64,8 @@ def run_onpolicy(run: Run) -> None:
             run.add_time("time/update", time.perf_counter() - began)
 
             def extra_state() -> tuple[Files, dict[str, Any]]:
-                return collector.state()
+                files, plain = collector.state()
+                return files, plain | ({"dataset": source} if recorded else {})
 
             if run.after(run.step + steps * env.num_envs, algo, extra_state):
                 collector.cut_if_unsaved()
@@ -53,10 +73,33 @@ def run_onpolicy(run: Run) -> None:
         env.close()
 
 
+def _recorded(run: Run, env: VecEnv) -> Dataset | None:
+    """The data of `data.path`, in environment units; None where it is empty.
+
+    Raises:
+        ConfigError: an algorithm with `hybrid` has none.
+        DataError: it is of another task.
+    """
+    config = run.config
+    if not config.data.path:
+        if getattr(config.algo, "hybrid", False):
+            raise ConfigError(
+                f"algo={config.algo.name} learns from recorded data too and data.path is empty. "
+                "Fix: data.path=<store>, data.collect=<episodes> of the environment's expert, or algo.hybrid=false"
+            )
+        return None
+    dataset = Dataset.load(config.data, device=run.device)
+    check_same_task(env.spec, dataset.spec)
+    return dataset
+
+
 def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
     """(T, N) batch of `steps` steps in every environment."""
     run, policy = collector.run, algo.policy
     refresh, copies = algo.needs.refresh_steps, collector.env.num_envs
+    data = run.config.data
+    # One scale for recorded and new experience.
+    scale, shift = (data.reward_scale, data.reward_shift) if data.path else (1.0, 0.0)
     rows: list[Batch] = []
     for step_index in range(steps):
         if crossed((step_index - 1) * copies, step_index * copies, refresh):
@@ -64,6 +107,8 @@ def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
             policy = algo.behaviour(rows)
             run.add_time("time/behaviour", time.perf_counter() - began)
         obs = to_torch(collector.obs, run.device)
+        if policy.reads_step:
+            obs |= {EPISODE_STEP: torch.from_numpy(collector.length.copy()).to(run.device)}
         action = policy.act(obs, generator=run.generators["policy"])
         executed = action.chunk[:, 0]
         step = collector.step(executed.cpu().numpy())
@@ -72,7 +117,7 @@ def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
             Batch(
                 obs=obs,
                 action=executed,
-                reward=torch.from_numpy(step.reward).to(run.device),
+                reward=torch.from_numpy(step.reward * scale + shift).to(run.device),
                 next_obs=to_torch(step.next_obs, run.device),
                 terminated=terminated,
                 truncated=torch.from_numpy(step.truncated).to(run.device),

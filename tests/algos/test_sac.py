@@ -116,3 +116,20 @@ def test_policies_that_do_not_fit_and_bad_values_are_refused(lab):
         lab.make("sac", policy=lab.make_policy("gaussian", squash=False))
     with pytest.raises(ConfigError, match=r"algo.temperature=0.0 must be above 0"):
         SACConfig(temperature=0.0)
+
+
+def test_the_actor_may_follow_the_mean_of_the_critics(lab):
+    """RLPD: one actor update per many of the critics, towards their mean."""
+    algo, batch = lab.make("sac", num_critics=3, actor_mean=True), lab.make_batch()
+    chunk, log_prob, _ = algo.policy.sample(
+        batch.obs, generator=torch.Generator().set_state(algo.generator.get_state())
+    )
+    expected = (log_prob - algo.critic(batch.obs, chunk[:, 0]).mean(0)).mean()
+    assert torch.allclose(algo.actor_step(batch)["loss/actor"], expected, atol=1e-6)
+    calls = []
+    algo = lab.make("sac", policy_delay=4, actor_updates=1)
+    real = algo.actor_step
+    algo.actor_step = lambda batch: calls.append(algo.updates) or real(batch)
+    for _ in range(8):
+        algo.update(batch)
+    assert calls == [4, 8]

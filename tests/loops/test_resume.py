@@ -20,6 +20,14 @@ from robopost.errors import CheckpointError, ConfigError
 from robopost.loops import train
 from robopost.registry import ALGOS
 
+STATIONARY = [
+    "policy=gaussian",
+    "policy.hidden=[16]",
+    "policy.squash=false",
+    "algo.hidden=[16]",
+    "algo.gamma=0.99",
+    "algo.rollout_steps=10",
+]
 POLICY = {
     "bc": ["policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1"],
     "td3_bc": ["policy=deterministic", "policy.hidden=[16]"],
@@ -49,6 +57,9 @@ POLICY = {
     ],
     "td3": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
     "sac": ["policy=gaussian", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
+    "hnpg": [*STATIONARY, "algo.hybrid=false"],  # with recorded data: test_onpolicy_data.py
+    "trpo": [*STATIONARY, "algo.critic_batch_size=8", "algo.critic_sweeps=2"],
+    "npg": STATIONARY,
     "ppo": ["policy=gaussian", "policy.hidden=[16]", "algo.rollout_steps=10", "algo.batch_size=20"],
     "props": [
         "policy=gaussian",
@@ -85,12 +96,9 @@ def store(tmp_path_factory):
 
 def words(algo, store, env=None):
     out = [f"algo={algo}", *POLICY[algo], "loop.steps=60", "loop.log_every=20", "loop.checkpoint_every=30"]
-    out += (
-        ["loop.eval_episodes=2", "algo.batch_size=8"]
-        if algo not in ("ppo", "props")
-        else ["loop.eval_episodes=2"]
-    )
-    if ALGOS.get(algo).target.regime == "offline":
+    regime = ALGOS.get(algo).target.regime
+    out += ["loop.eval_episodes=2", "algo.batch_size=8"] if regime != "onpolicy" else ["loop.eval_episodes=2"]
+    if regime == "offline":
         return [*out, f"data.path={store}", "env=null"]
     return [*out, *ENVS[env], "loop.steps=120", "loop.checkpoint_every=60", "loop.log_every=40"]
 

@@ -49,6 +49,8 @@ class SACConfig(AlgoConfig):
     target_subset: int = 0  # critics drawn at random for the minimum in the target, 0 = all
     critic_layernorm: bool = False
     policy_delay: int = 1  # actor updates happen every n-th update, n of them at once
+    actor_updates: int = 0  # of them at once, 0 = policy_delay (RLPD: 1)
+    actor_mean: bool = False  # the actor follows the critics' mean instead of their minimum (RLPD)
     temperature: float = 1.0  # entropy weight alpha; its start where it is learned
     learn_temperature: bool = True
     target_entropy: float = -1.0  # nats per action dimension
@@ -62,6 +64,8 @@ class SACConfig(AlgoConfig):
         check_offpolicy(self)
         if self.policy_delay < 1:
             raise ConfigError(f"algo.policy_delay={self.policy_delay} must be at least 1")
+        if self.actor_updates < 0:
+            raise ConfigError(f"algo.actor_updates={self.actor_updates} must be 0 (policy_delay) or more")
         if not self.temperature > 0:
             raise ConfigError(f"algo.temperature={self.temperature} must be above 0")
         if not self.temperature_lr > 0:
@@ -147,13 +151,13 @@ class SAC(Algorithm):
         )
 
     def update(self, batch: Batch) -> Metrics:
-        """One update of the critics and their targets; every `policy_delay`-th call as many of the actor."""
+        """One update of the critics and their targets; at every `policy_delay`-th call those of the actor."""
         cfg = self.config
         self.updates += 1
         subset = random_subset(cfg.num_critics, cfg.target_subset, self.generator, self.device)
         metrics = self.critic_step(batch, subset)
         if self.updates % cfg.policy_delay == 0:
-            for _ in range(cfg.policy_delay):
+            for _ in range(cfg.actor_updates or cfg.policy_delay):
                 actor_metrics = self.actor_step(batch)
             metrics = metrics | actor_metrics
         return metrics
@@ -179,7 +183,8 @@ class SAC(Algorithm):
         chunk, log_prob, _ = self.policy.sample(batch.obs, generator=self.generator)
         assert log_prob is not None
         temperature = self.log_temperature.detach().exp()
-        loss = actor_loss(log_prob, self.critic.frozen(batch.obs, chunk[:, 0]), temperature)
+        q = self.critic.frozen(batch.obs, chunk[:, 0])
+        loss = actor_loss(log_prob, q.mean(0, keepdim=True) if self.config.actor_mean else q, temperature)
         self._actor_flat.backward(loss)
         self.actor_optimizer.step()
         metrics = {
