@@ -21,7 +21,7 @@ from robopost.config import CollectConfig
 from robopost.data.batch import Batch, Spec
 from robopost.data.dataset import Dataset
 from robopost.data.episode import Episode
-from robopost.errors import ConfigError, DataError, EnvError
+from robopost.errors import ConfigError, DataError
 from robopost.loops import train
 from robopost.nets.ensemble import EnsembleMLP
 from robopost.nets.rows import Regression, Rows, StackedQ, tanh_
@@ -654,7 +654,7 @@ def test_unbounded_actions_are_not_clipped():
 
 def test_environments_that_do_not_fit_are_refused_before_the_first_update(tmp_path):
     base = ["device=cpu", "loop.steps=100", "track.console=false", f"out={tmp_path / 'run'}"]
-    with pytest.raises(EnvError, match=r"action space Discrete\(2\) is not supported"):
+    with pytest.raises(ConfigError, match=r"policy=stepwise can't act where there are 2 discrete actions"):
         train(compose(["algo=trpo", "env=CartPole-v1", *base]))
     with pytest.raises(ConfigError, match=r"data.path is empty"):
         train(compose(["algo=hnpg", "env=lock", *base]))

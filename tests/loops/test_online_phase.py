@@ -246,14 +246,14 @@ def test_captured_graphs_are_dropped_at_the_switch():
         def update(self, batch):
             return {}
 
-    generator = torch.Generator()
-    algo = Toy(None, None, None, device=torch.device("cpu"), generator=generator)
+    generator, spec = torch.Generator(), Spec({"state": ((2,), "float32")}, 1, (-1.0,), (1.0,), 20)
+    algo = Toy(None, None, spec, device=torch.device("cpu"), generator=generator)
     algo.train_step = CudaGraph(lambda: {})
     algo.train_step._graph = object()
     algo.begin_online()
     assert algo.online
     assert not algo.train_step.captured
-    again = Toy(None, None, None, device=torch.device("cpu"), generator=generator)
+    again = Toy(None, None, spec, device=torch.device("cpu"), generator=generator)
     again.load_state_dict(algo.state_dict())
     assert again.online
 
