@@ -165,7 +165,10 @@ class HNPG(Algorithm):
                 f"episode {wrong[0]} of data.path has {dataset.lengths[wrong[0]]} steps, policy=stepwise has "
                 f"{self._count}. Fix: data of the environment's horizon"
             )
-        table = torch.arange(dataset.num_steps).view(-1, self._count).t().contiguous()
+        steps = torch.arange(
+            dataset.num_steps, device=dataset.action.device
+        )  # which need not be where batches are
+        table = steps.view(-1, self._count).t().contiguous()
         self._recorded = _Recorded(dataset, table)
 
     def update(self, batch: Batch) -> Metrics:
