@@ -130,7 +130,7 @@ def run(bench: Bench) -> None:
                 params = {"steps": steps, "episodes": episodes}
                 group.append(bench.cell(f"h{horizon}/{algo}/seed{seed}", measure, params=params, seed=seed))
             cells[horizon, algo] = group
-            pick = lambda key, group=group: np.array([cell[key] for cell in group])  # noqa: E731
+            pick = lambda key, group=group: np.array([cell[key] for cell in group], float)  # noqa: E731
             reached = pick("steps")[pick("solved") != 0]  # NaN of cells that are not there stays
             rows.append(
                 {
@@ -139,8 +139,8 @@ def run(bench: Bench) -> None:
                     "solved": float(pick("solved").sum()),
                     "of": len(group),
                     "steps to 50 %": float(reached.mean()) if len(reached) else float("nan"),
-                    "least": float(reached.min(initial=np.inf)),
-                    "most": float(reached.max(initial=-np.inf)),
+                    "least": float(reached.min()) if len(reached) else float("nan"),
+                    "most": float(reached.max()) if len(reached) else float("nan"),
                     "budget": steps,
                     "final share of optimal episodes": float(pick("success").mean()),
                     "training (s)": float(pick("train_seconds").mean()),
