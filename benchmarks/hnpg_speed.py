@@ -25,7 +25,7 @@ from sides.hnpg_original import Original, double
 from sides.originals import repeat
 
 from robopost.accel import configure
-from robopost.algos.natural import gaussian_kl, natural_step
+from robopost.algos.natural import natural_step
 from robopost.algos.online.hnpg import halves, surrogate
 from robopost.bench import Bench
 from robopost.collect import collect
@@ -38,7 +38,7 @@ from robopost.loops.collector import Collector
 from robopost.loops.onpolicy import _rollout
 from robopost.loops.run import Run
 from robopost.nets.rows import Regression, Rows, StackedQ
-from robopost.policies.gaussian import normal_log_density
+from robopost.policies.gaussian import gaussian_kl, normal_log_density
 from robopost.policies.stepwise import Stepwise, StepwiseConfig
 from robopost.vector import make_vec
 

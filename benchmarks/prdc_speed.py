@@ -20,6 +20,7 @@ in float64.
 
 import contextlib
 import io
+import shutil
 import sys
 import time
 import types
@@ -200,8 +201,6 @@ def index_cell(bench, count):
     """Build time and size of the index, from an empty folder."""
 
     def measure():
-        import shutil
-
         dataset = recorded(count)
         folder = FOLDER / f"index-{count}"
         shutil.rmtree(folder, ignore_errors=True)

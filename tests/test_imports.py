@@ -39,6 +39,7 @@ FREE = {
     "bench",
     "interleave",
     "accel",
+    "progress",
 }
 
 

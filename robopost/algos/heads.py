@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -13,6 +11,7 @@ from robopost.errors import ConfigError
 from robopost.nets.rows import StackedQ
 from robopost.nets.value import ObsConcat
 from robopost.policies.base import Policy
+from robopost.policies.gaussian import HALF_LOG_2PI
 from robopost.policies.stepwise import Stepwise
 
 
@@ -99,7 +98,7 @@ class Heads:
     def entropy(self, obs: Obs) -> Tensor:
         """Of the Gaussian before squashing: mean over states and heads, in nats."""
         _, log_std = self.distribution(obs)
-        return (log_std + 0.5 * (1 + math.log(2 * math.pi))).sum(-1).mean()
+        return (log_std + 0.5 + HALF_LOG_2PI).sum(-1).mean()
 
     def _draw(self, mean: Tensor, log_std: Tensor) -> Tensor:
         noise = torch.randn(mean.shape, generator=self.generator, device=mean.device, dtype=mean.dtype)

@@ -37,15 +37,6 @@ class StepResult:
     quadratic: Tensor
 
 
-def gaussian_kl(mean: Tensor, log_std: Tensor, new_mean: Tensor, new_log_std: Tensor) -> Tensor:
-    """KL(N(mean, std) || N(new_mean, new_std)) per dimension.
-
-    log(s'/s) + (s^2 + (m - m')^2) / (2 s'^2) - 1/2
-    """
-    spread = ((2 * log_std).exp() + (mean - new_mean).square()) * (-2 * new_log_std).exp()
-    return new_log_std - log_std + 0.5 * spread - 0.5
-
-
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of rows: (G, P), (G, P) to (G, 1)."""
     return (a * b).sum(1, keepdim=True)

@@ -7,9 +7,10 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from robopost.cli.console import add_overrides, console, make_parser, pluck, progress_bar, setup_logging
+from robopost.cli.console import add_overrides, console, make_parser, pluck, setup_logging
 from robopost.cli.notes import available, settings
 from robopost.errors import ConfigError
+from robopost.progress import progress_bar
 
 EXAMPLES = (
     "robopost collect env=arm_push episodes=200 out=data/push.zarr quality=0.5",

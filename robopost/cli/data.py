@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from robopost.cli.console import Parser, console, make_parser, progress_bar, setup_logging
+from robopost.cli.console import Parser, console, make_parser, setup_logging
 from robopost.errors import DataError
+from robopost.progress import progress_bar
 
 EXAMPLES = (
     "robopost data info data/push.zarr",

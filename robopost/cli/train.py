@@ -9,9 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from robopost.cli.console import add_overrides, console, make_parser, pluck, progress_bar, setup_logging
+from robopost.cli.console import add_overrides, console, make_parser, pluck, setup_logging
 from robopost.cli.notes import available
 from robopost.errors import CheckpointError, ConfigError
+from robopost.progress import progress_bar
 
 if TYPE_CHECKING:
     from robopost.config import TrainConfig

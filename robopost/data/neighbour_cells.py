@@ -18,15 +18,14 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from robopost.progress import progress_bar
 
 log = logging.getLogger(__name__)
 GROUP = 256  # rows per group, on average
@@ -88,20 +87,6 @@ class _Pairs:
         self.norm = self.state.square().sum(1).mul_(self.less)
 
 
-@contextmanager
-def progress(what: str, total: int) -> Iterator[Any]:
-    """A progress bar on a terminal, nothing elsewhere. Yields a function that takes the number done."""
-    if not sys.stderr.isatty():
-        yield lambda done: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda done: bar.update(task, completed=done)
-
-
 def build_cells(
     state: Tensor, action: Tensor, beta: float, k: int, most: int, write: Write
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -128,7 +113,7 @@ def build_cells(
     pairs = _Pairs(state[step], action[step], step)
     groups = compact(state, GROUP, generator)
     written, done, warned = 0, 0, False
-    with progress("nearest neighbours", rows) as report:
+    with progress_bar("nearest neighbours", rows) as report:
         for group in groups:
             lists = list(_group(state, action, group, pairs, beta * beta, k, most, generator))
             sizes = torch.tensor([len(near) for _, _, near, _ in lists])

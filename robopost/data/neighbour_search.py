@@ -49,12 +49,12 @@ class Keys:
 class CellSearch:
     """Exact search by lists, then by matrix products; see `robopost.data.neighbours`."""
 
-    def __init__(self, state: Tensor, action: Tensor, cells: Cells) -> None:
-        self.state, self.action, self.cells = state, action, cells
+    def __init__(self, state: Tensor, action: Tensor, beta: float, k: int, cells: Cells) -> None:
+        self.state, self.action, self.beta, self.k, self.cells = state, action, beta, k, cells
 
-    def __call__(self, steps: Tensor, action: Tensor, beta: float, k: int, *, exact: bool = True) -> Found:
+    def __call__(self, steps: Tensor, action: Tensor, *, exact: bool = True) -> Found:
         """The k nearest of (state of `steps` (B,), `action` (B, A)); see `Neighbours.search`."""
-        cells = self.cells
+        cells, beta, k = self.cells, self.beta, self.k
         keys = Keys(self.state.index_select(0, steps), action, beta, k)
         own = (action - self.action.index_select(0, steps)).square().sum(1)
         bound = own if k == 1 else self._around(steps, keys)

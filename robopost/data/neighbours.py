@@ -126,7 +126,7 @@ class Neighbours:
             mark = hashlib.blake2b(repr(sorted(identity.items())).encode(), digest_size=6).hexdigest()
             folder = cache / f"neighbours-{mark}"
         cells = in_memory(make) if folder is None else load_or_build(Path(folder), identity, make)
-        out = cls(state, action, beta, k, CellSearch(state, action, cells))
+        out = cls(state, action, beta, k, CellSearch(state, action, beta, k, cells))
         out.seconds = time.perf_counter() - started if built else 0.0
         return out
 
@@ -162,7 +162,7 @@ class Neighbours:
         """
         if self.lists is None:
             return self.brute(steps, action)
-        return self.lists(steps, action, self.beta, self.k, exact=exact)
+        return self.lists(steps, action, exact=exact)
 
     @torch.no_grad()
     def brute(self, steps: Tensor, action: Tensor) -> Found:

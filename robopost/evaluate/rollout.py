@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from robopost.evaluate.statistics import Interval, bootstrap_mean, interquartile
 from robopost.evaluate.video import Clip, Recorder, write_grid
 from robopost.policies.base import Policy
 from robopost.policies.chunked import StepPolicy
+from robopost.progress import progress_bar
 from robopost.vector import Step, VecEnv, make_vec, to_torch
 
 MAX_PARALLEL = 32
@@ -211,12 +213,11 @@ def evaluate(
     name = str(getattr(env, "id", "") or env.name) if isinstance(env, EnvConfig) else ""
     training = policy.training
     policy.eval()
-    report, close_bar = _progress(progress, episodes)
     try:
-        result = _waves(policy, vec, episodes, seed, deterministic, video_episodes, report)
+        with _progress(progress, episodes) as report:
+            result = _waves(policy, vec, episodes, seed, deterministic, video_episodes, report)
     finally:
         policy.train(training)
-        close_bar()
         if own:
             vec.close()
     result.env = name
@@ -307,14 +308,7 @@ def _even_waves(episodes: int) -> int:
 
 def _progress(
     progress: bool | Callable[[int], None], total: int
-) -> tuple[Callable[[int], None], Callable[[], None]]:
-    if callable(progress):
-        return progress, lambda: None
-    if not progress:
-        return lambda done: None, lambda: None
-    from rich.progress import Progress
-
-    bar = Progress(transient=True)
-    task = bar.add_task("evaluating", total=total)
-    bar.start()
-    return lambda done: bar.update(task, completed=done), bar.stop
+) -> AbstractContextManager[Callable[[int], None]]:
+    if progress is True:
+        return progress_bar("evaluating", total)
+    return nullcontext(progress or (lambda done: None))

@@ -117,23 +117,47 @@ class FlatAdam(torch.optim.Adam):
 
     def _update(self, group: dict[str, Any]) -> None:
         p = group["params"][0]
-        state, (beta1, beta2) = self.state[p], group["betas"]
+        state = self.state[p]
         state["step"].add_(1)
-        torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
-            [p],
-            [p.grad],
-            [state["exp_avg"]],
-            [state["exp_avg_sq"]],
-            [],
-            [state["step"]],
-            amsgrad=False,
-            lr=group["lr"],
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=False,
+        moments = (state["exp_avg"], state["exp_avg_sq"])
+        fused_adam(
+            p,
+            p.grad,
+            moments,
+            state["step"],
+            group["lr"],
+            group["betas"],
+            group["eps"],
+            group["weight_decay"],
         )
+
+
+def fused_adam(
+    data: Tensor,
+    grad: Tensor,
+    moments: tuple[Tensor, Tensor],
+    step: Tensor,
+    lr: float,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> None:
+    """One step of Adam in place, with torch's kernel; `step` () counts from 1."""
+    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+        [data],
+        [grad],
+        [moments[0]],
+        [moments[1]],
+        [],
+        [step],
+        amsgrad=False,
+        lr=lr,
+        beta1=betas[0],
+        beta2=betas[1],
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=False,
+    )
 
 
 def adam(flat: Flat, lr: float, *, scheduled: bool = False, **options: Any) -> torch.optim.Adam:

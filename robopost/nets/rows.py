@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robopost.errors import ConfigError
 from robopost.nets.ensemble import EnsembleLinear, EnsembleMLP
+from robopost.nets.flat import fused_adam
 from robopost.nets.mlp import check_sizes
 
 
@@ -114,7 +115,7 @@ class Regression:
         if len(self._counts) < steps:
             self._counts = torch.arange(1.0, steps + 1, device=x.device).unbind()
         row = self.rows.data[member]
-        first, second = self._moments[0].zero_(), self._moments[1].zero_()
+        moments = (self._moments[0].zero_(), self._moments[1].zero_())
         layers = [(w[member], b[member]) for w, b in self._layers]
         rows = len(x) if pick is None else pick.shape[1]
         work = _Workspace(layers, self._grads, x, rows)
@@ -124,21 +125,7 @@ class Regression:
                 work.inputs[0][:, :-1] = x[pick[step]]
                 goal = target[pick[step]]
             residual = work.backward(goal, twice)
-            torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
-                [row],
-                [self._grad],
-                [first],
-                [second],
-                [],
-                [self._counts[step]],
-                amsgrad=False,
-                lr=lr,
-                beta1=0.9,
-                beta2=0.999,
-                weight_decay=0.0,
-                eps=1e-8,
-                maximize=False,
-            )
+            fused_adam(row, self._grad, moments, self._counts[step], lr)
         return residual
 
     def predict(self, member: int, x: Tensor) -> Tensor:

@@ -159,10 +159,7 @@ class Gaussian(Policy):
     @staticmethod
     def divergence(first: tuple[Tensor, ...], second: tuple[Tensor, ...]) -> Tensor:
         """KL(first || second) (B,) in nats between evaluated `distribution`s; squashing doesn't change it."""
-        (mean, log_std), (other, other_log_std) = first, second
-        spread = (2 * (log_std - other_log_std)).exp()
-        shift = ((mean - other) * (-other_log_std).exp()).square()
-        return (other_log_std - log_std + 0.5 * (spread + shift - 1)).sum((1, 2))
+        return gaussian_kl(*first, *second).sum((1, 2))
 
     def action_log_prob(self, obs: Obs, chunk: Tensor) -> Tensor:
         """Log-density (B,) of a normalised chunk (B, H, A), e.g. of the dataset's actions."""
@@ -193,6 +190,15 @@ class Gaussian(Policy):
 def normal_log_density(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-density of a Gaussian, elementwise."""
     return -0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - HALF_LOG_2PI
+
+
+def gaussian_kl(mean: Tensor, log_std: Tensor, new_mean: Tensor, new_log_std: Tensor) -> Tensor:
+    """KL(N(mean, std) || N(new_mean, new_std)) per dimension, in nats.
+
+    log(s'/s) + (s^2 + (m - m')^2) / (2 s'^2) - 1/2
+    """
+    spread = ((2 * log_std).exp() + (mean - new_mean).square()) * (-2 * new_log_std).exp()
+    return new_log_std - log_std + 0.5 * spread - 0.5
 
 
 def tanh_normal_log_density(pre: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:

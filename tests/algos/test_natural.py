@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from robopost.algos.natural import conjugate_gradients, gaussian_kl, natural_step
+from robopost.algos.natural import conjugate_gradients, natural_step
 from robopost.algos.online.hnpg import surrogate
 from robopost.data.batch import Spec
 from robopost.nets.rows import Rows
-from robopost.policies.gaussian import normal_log_density
+from robopost.policies.gaussian import gaussian_kl, normal_log_density
 from robopost.policies.stepwise import Stepwise, StepwiseConfig
 
 D, A = 4, 2

@@ -43,6 +43,27 @@ def test_one_adam_step_equals_adam_over_the_parameters():
         assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"betas": (0.5, 0.9), "eps": 1e-5, "weight_decay": 0.1}])
+def test_adam_is_torch_s_own_to_the_bit(options):
+    flat, other = Flat(net()), Flat(net())
+    ours = adam(flat, 1e-2, **options)
+    theirs = torch.optim.Adam([other.param], lr=1e-2, fused=True, **options)
+    g = torch.Generator().manual_seed(0)
+    for step in range(6):
+        gradient = torch.randn(flat.grad.shape, generator=g)
+        flat.grad.copy_(gradient)
+        other.grad.copy_(gradient)
+        ours.step()
+        theirs.step()
+        if step == 2:
+            set_lr(ours, 5e-3)
+            set_lr(theirs, 5e-3)
+    assert torch.equal(flat.data, other.data)
+    left, right = (optimizer.state_dict()["state"][0] for optimizer in (ours, theirs))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[key], right[key]) for key in left)
+
+
 def test_parameters_without_a_part_in_the_loss_get_zero_gradient():
     module = net()
     flat = Flat(module)

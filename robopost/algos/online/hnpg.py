@@ -16,7 +16,7 @@ from torch import Tensor
 
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.algos.heads import Heads
-from robopost.algos.natural import StepResult, gaussian_kl, natural_step
+from robopost.algos.natural import StepResult, natural_step
 from robopost.algos.online.ppo import gae
 from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Obs, Spec
@@ -24,7 +24,7 @@ from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError, DataError
 from robopost.nets.rows import Regression, Rows
 from robopost.policies.base import Policy
-from robopost.policies.gaussian import normal_log_density
+from robopost.policies.gaussian import gaussian_kl, normal_log_density
 from robopost.registry import ALGOS
 
 
