@@ -101,7 +101,7 @@ def run(bench: Bench) -> None:
     """All cells, then ratios; a task with a missing cell leaves them empty."""
     bench.packages("gymnasium", "mujoco")
     steps = bench.scale(smoke=8192, small=300_000, paper=1_000_000)
-    seeds = bench.scale(smoke=1, small=3, paper=10)
+    seeds = bench.scale(smoke=1, small=6, paper=10)
     episodes = bench.scale(smoke=2, small=10, paper=20)
     algos = bench.scale(smoke=["ppo", "props"], small=["ppo", "props"], paper=["ppo", "ppo_buffer", "props"])
     rows, found, spread = [], [], []
