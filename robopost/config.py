@@ -201,6 +201,7 @@ class EvalConfig:
     num_envs: int = 0  # parallel environments, 0 = up to 32
     deterministic: bool = True  # the policy's mode; false samples
     video: int = 0  # episodes recorded to mp4
+    draws: int = 0  # chunks drawn at every query to measure the spread of samples, 0 = none
     out: str = ""  # folder for eval.json and the video, empty = eval/ in the run folder, else evals/
     device: str = "auto"
 
@@ -210,6 +211,8 @@ class EvalConfig:
         check_seed(self.seed)
         if not 0 <= self.video <= self.episodes:
             raise ConfigError(f"video={self.video} must lie in 0..{self.episodes} (episodes)")
+        if self.draws < 0 or self.draws == 1:
+            raise ConfigError(f"draws={self.draws} must be 0 (none) or at least 2")
         if self.num_envs < 0:
             raise ConfigError(f"num_envs={self.num_envs} must be 0 (automatic) or more")
 

@@ -92,7 +92,11 @@ class MujocoV5VecEnv(VectorEnv):
         self.num_envs = num_envs
         self.render_mode = env.render_mode
         self.max_steps = max_steps or int((env.spec.max_episode_steps if env.spec else 0) or 0)
-        self.metadata = {**self._env.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.metadata = {
+            **self._env.metadata,
+            "autoreset_mode": AutoresetMode.SAME_STEP,
+            "control_hz": 1.0 / self._env.dt,
+        }
         state = gym.spaces.Box(-np.inf, np.inf, (self._task.obs_dim,), dtype)
         self.single_observation_space = select(gym.spaces.Dict({"state": state}), list(obs_keys))
         self._fast_render = fast_render

@@ -174,6 +174,7 @@ class MujocoVectorEnv(gym.vector.VectorEnv, ABC):
             "autoreset_mode": AutoresetMode.SAME_STEP if autoreset else AutoresetMode.DISABLED,
             "render_modes": ["rgb_array"],
             "render_fps": round(1.0 / (nstep * model.opt.timestep)),
+            "control_hz": 1.0 / (nstep * model.opt.timestep),
         }
         self.num_envs = num_envs
         self.max_steps = max_steps

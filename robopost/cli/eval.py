@@ -66,6 +66,7 @@ def main(argv: Sequence[str]) -> int:
             deterministic=config.deterministic,
             video=out / "eval.mp4" if config.video else None,
             video_episodes=config.video,
+            draws=config.draws,
             progress=console().is_terminal,
         )
     finally:
@@ -104,6 +105,8 @@ def _show(result: EvalResult, name: str, env: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from robopost.results import number
+
     label = getattr(env, "id", "") or env.name
     table = Table(
         title=escape(f"{name} in {label}: {result.episodes} episodes, seeds {result.seed}.."),
@@ -123,4 +126,7 @@ def _show(result: EvalResult, name: str, env: Any) -> None:
         table.add_row(name, f"{score.value:.1f}", f"{score.low:.1f} - {score.high:.1f}")
     table.add_row("length", f"{result.lengths.mean():.1f}", "")
     table.add_row("max reward", f"{result.max_rewards.mean():.3f}", "")
+    for label, interval, unit in result.smoothness.rows() if result.smoothness is not None else ():
+        low, high = number(interval.low), number(interval.high)
+        table.add_row(label, f"{number(interval.value)} {unit}".rstrip(), f"{low} - {high}")
     console().print(table)

@@ -17,6 +17,7 @@ import torch
 from robopost.config import EnvConfig
 from robopost.errors import ConfigError, EnvError
 from robopost.evaluate.scores import References, find_references, load_references
+from robopost.evaluate.smoothness import MotionLog, Smoothness
 from robopost.evaluate.statistics import Interval, bootstrap_mean, interquartile_mean, wilson
 from robopost.evaluate.video import Clip, Recorder, write_grid
 from robopost.policies.base import Policy
@@ -40,6 +41,7 @@ class EvalResult:
         seconds: wall time of the rollouts, without making the environment.
         seed: episode i was reset with `seed + i`.
         references: what a normalised score of this task is relative to; None where no suite has the task.
+        smoothness: of the executed actions; None where they are discrete or without bounds.
     """
 
     returns: np.ndarray
@@ -53,6 +55,7 @@ class EvalResult:
     deterministic: bool = True
     video: str = ""
     references: References | None = None
+    smoothness: Smoothness | None = None
     clips: list[Clip] = field(default_factory=list, repr=False)
 
     @property
@@ -91,7 +94,9 @@ class EvalResult:
                 "eval/success_high": success.high,
             }
         score = self.score()
-        return out if score is None else out | {"eval/normalised_score": score.value}
+        if score is not None:
+            out["eval/normalised_score"] = score.value
+        return out | (self.smoothness.metrics() if self.smoothness is not None else {})
 
     def to_json(self) -> dict[str, Any]:
         """Raw episodes and their summary; `from_json` reverses it (without clips)."""
@@ -114,6 +119,7 @@ class EvalResult:
             "return_iqm": interquartile_mean(self.returns).to_json(),
             "max_reward": bootstrap_mean(self.max_rewards).to_json(),
             "length": bootstrap_mean(self.lengths).to_json(),
+            "smoothness": self.smoothness.to_json() if self.smoothness is not None else None,
             "raw": {
                 "returns": [float(v) for v in self.returns],
                 "successes": None if self.successes is None else [bool(v) for v in self.successes],
@@ -125,7 +131,7 @@ class EvalResult:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> EvalResult:
         """Rebuild from `to_json` output. The references are those of the installed version."""
-        raw, scored = data["raw"], data.get("normalised_score")
+        raw, scored, smooth = data["raw"], data.get("normalised_score"), data.get("smoothness")
         return cls(
             returns=np.asarray(raw["returns"], np.float64),
             successes=None if raw["successes"] is None else np.asarray(raw["successes"], bool),
@@ -138,6 +144,7 @@ class EvalResult:
             deterministic=data["deterministic"],
             video=data["video"],
             references=load_references(scored["suite"])[scored["task"]] if scored else None,
+            smoothness=Smoothness.from_json(smooth) if smooth else None,
         )
 
     def summary(self) -> list[str]:
@@ -155,6 +162,8 @@ class EvalResult:
         lines.append(
             f"length   {self.lengths.mean():.1f} steps, {self.episodes} episodes in {self.seconds:.1f} s"
         )
+        if self.smoothness is not None and self.smoothness.line():
+            lines.append(f"motion   {self.smoothness.line()}")
         return lines
 
 
@@ -168,6 +177,7 @@ def evaluate(
     deterministic: bool = True,
     video: Path | None = None,
     video_episodes: int = 0,
+    draws: int = 0,
     progress: bool | Callable[[int], None] = False,
 ) -> EvalResult:
     """Run `episodes` whole episodes and count each exactly once.
@@ -187,6 +197,8 @@ def evaluate(
         deterministic: passed to the policy.
         video: mp4 to write, or None. Frames of the first `video_episodes` are kept in `clips` either way.
         video_episodes: number of episodes to record.
+        draws: chunks drawn at every query to see how far samples for one observation lie apart, 0 = none. It takes
+            `draws` times the policy's time and changes no episode.
         progress: True for a progress bar, or a function called with the number of finished episodes.
 
     Raises:
@@ -195,6 +207,8 @@ def evaluate(
     """
     if episodes < 1:
         raise ConfigError(f"eval.episodes={episodes} must be at least 1")
+    if draws < 0 or draws == 1:
+        raise ConfigError(f"eval: draws={draws} must be 0 (none) or at least 2")
     if not 0 <= video_episodes <= episodes or num_envs < 0:
         raise ConfigError(
             f"eval: video_episodes={video_episodes} must lie in 0..{episodes}, num_envs={num_envs} in 0.."
@@ -215,7 +229,7 @@ def evaluate(
     policy.eval()
     try:
         with _progress(progress, episodes) as report:
-            result = _waves(policy, vec, episodes, seed, deterministic, video_episodes, report)
+            result = _waves(policy, vec, episodes, seed, deterministic, video_episodes, draws, report)
     finally:
         policy.train(training)
         if own:
@@ -235,6 +249,7 @@ def _waves(
     seed: int,
     deterministic: bool,
     video_episodes: int,
+    draws: int,
     report: Callable[[int], None],
 ) -> EvalResult:
     n = vec.num_envs
@@ -246,6 +261,8 @@ def _waves(
     generator = torch.Generator(device=policy.device)
     generator.manual_seed(seed)
     stepper = StepPolicy(policy, n)
+    motion = MotionLog(vec, policy, episodes, draws=draws, seed=seed)
+    stepper.watch = motion.watch
     recorder = Recorder(video_episodes, vec.spec.max_steps, vec.env.metadata.get("render_fps"))
     start = time.perf_counter()
     finished = 0
@@ -255,6 +272,8 @@ def _waves(
         index = np.minimum(np.arange(first, first + n), episodes - 1)
         obs = vec.reset(seed=[seed + first + i for i in range(n)])
         stepper.reset()
+        counted = running.copy()
+        motion.begin(obs, running)
         steps = 0
         while running.any():
             if first < video_episodes:
@@ -263,7 +282,9 @@ def _waves(
                 to_torch(obs, policy.device), generator=generator, deterministic=deterministic
             )
             # The environment's bounds, which a policy trained on data without declared ones doesn't know.
-            step = vec.step(np.clip(action.cpu().numpy(), low, high).astype(np.float32))
+            executed = np.clip(action.cpu().numpy(), low, high).astype(np.float32)
+            step = vec.step(executed)
+            motion.step(executed, step.next_obs)
             steps += 1
             at = index[running]
             returns[at] += step.reward[running]
@@ -282,6 +303,7 @@ def _waves(
                 running &= ~ended
             _after(step, stepper)
             obs = step.obs
+        motion.end(index, counted, lengths[index])
     return EvalResult(
         returns=returns,
         successes=successes if has_success else None,
@@ -291,6 +313,7 @@ def _waves(
         seed=seed,
         num_envs=n,
         deterministic=deterministic,
+        smoothness=motion.result(),
         clips=recorder.clips(successes if has_success else None),
     )
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from statistics import NormalDist
 from typing import Any
 
@@ -165,6 +166,7 @@ def t_interval(values: ArrayLike, level: float = 0.95) -> Interval:
     return Interval(centre, centre - half, centre + half, n, level)
 
 
+@cache
 def t_quantile(probability: float, dof: int) -> float:
     """Quantile of Student's t for integer degrees of freedom, `probability` in [0.5, 1)."""
     if not 0.5 <= probability < 1 or dof < 1:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,11 +18,15 @@ class StepPolicy:
     Only environments whose queue is empty are queried. `reset` must be called with the mask of environments whose
     episode ended, however it ended: a stale chunk tail must not leak into the next episode. It also counts every
     environment's steps since then, for policies whose actions depend on them (`Policy.reads_step`).
+
+    `watch(envs, obs, chunk)`, where set, is shown every new chunk (b, H, A), its raw observations and the environments
+    (b,) it is for.
     """
 
     def __init__(self, policy: Policy, num_envs: int) -> None:
         self.policy = policy
         self.num_envs = num_envs
+        self.watch: Callable[[Tensor, Obs, Tensor], None] | None = None
         self._queue = torch.zeros(num_envs, policy.execute, policy.spec.action_dim, device=policy.device)
         self._left = torch.zeros(num_envs, dtype=torch.long, device=policy.device)
         self._steps = torch.zeros(num_envs, dtype=torch.long, device=policy.device)
@@ -54,7 +60,10 @@ class StepPolicy:
             obs = obs | {EPISODE_STEP: self._steps.clone()}
         self._steps += 1 if only is None else only.to(self._steps.device).long()
         if self.policy.execute == 1 and only is None:
-            return self.policy.act(obs, generator=generator, deterministic=deterministic).chunk[:, 0]
+            chunk = self.policy.act(obs, generator=generator, deterministic=deterministic).chunk
+            if self.watch is not None:
+                self.watch(torch.arange(self.num_envs, device=chunk.device), obs, chunk)
+            return chunk[:, 0]
         active = torch.ones_like(self._left, dtype=torch.bool) if only is None else only.to(self._left.device)
         empty = torch.nonzero(active & (self._left == 0)).flatten()
         if len(empty):
@@ -62,6 +71,8 @@ class StepPolicy:
             chunk = self.policy.act(chosen, generator=generator, deterministic=deterministic).chunk
             self._queue[empty] = chunk[:, : self.policy.execute]
             self._left[empty] = self.policy.execute
+            if self.watch is not None:
+                self.watch(empty, chosen, chunk)
         index = (self.policy.execute - self._left).clamp_max(self.policy.execute - 1)
         self._left -= active.long()
         return self._queue[torch.arange(self.num_envs, device=index.device), index]

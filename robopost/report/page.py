@@ -26,6 +26,7 @@ from robopost.report.sections import (
     evaluation_table,
     group_runs,
     provenance_section,
+    smoothness_table,
     video_tag,
     videos,
 )
@@ -111,6 +112,8 @@ def render(
     for env, groups in tree.items():
         body.append(f"<h2>{escape(env)}</h2>" if len(tree) > 1 else "<h2>Evaluation</h2>")
         body.append(evaluation_table(groups))
+        motion = smoothness_table(groups)
+        body.append(f"<h3>Smoothness</h3>{motion}" if motion else "")
         main, rest = curves(groups)
         if main:
             body.append("<h2>Learning curves</h2>" if len(tree) == 1 else "")

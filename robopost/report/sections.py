@@ -97,6 +97,34 @@ def evaluation_table(groups: Groups) -> str:
     return f'<div class="card"><div class="scroll"><table>{body}</table></div></div><p class="dim">{note}</p>'
 
 
+def smoothness_table(groups: Groups) -> str:
+    """Smoothness of each run's last evaluation, one line per run; empty where none holds any."""
+    rows: list[tuple[str, str, dict[str, Interval]]] = []
+    for colour, (label, runs) in enumerate(groups.items()):
+        for run in runs:
+            item = _last(run)
+            if item is not None and item.result.smoothness is not None:
+                found = item.result.smoothness.rows()
+                cells = {f"{name} ({unit})" if unit else name: interval for name, interval, unit in found}
+                rows.append((_named(label, colour), f"seed {run.seed}" if len(runs) > 1 else "", cells))
+    columns = list(dict.fromkeys(name for _, _, cells in rows for name in cells))
+    if not columns:
+        return ""
+    several = any(seed for _, seed, _ in rows)
+    head = ["run", *(["seed"] if several else []), *columns]
+    body = []
+    for name, seed, cells in rows:
+        values = [f'{v} <span class="ends">{a} – {b}</span>' for v, a, b in map(shown, cells.values())]
+        table = dict(zip(cells, values, strict=True))
+        body.append(_row([name, *([seed] if several else []), *(table.get(key, "") for key in columns)], ""))
+    top = "".join(f"<th>{escape(key)}</th>" for key in head)
+    note = (
+        "Executed actions as fractions of their range; means over episodes with Student's t intervals, 95 %."
+    )
+    html = f"<table><thead><tr>{top}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return f'<div class="card"><div class="scroll">{html}</div></div><p class="dim">{note}</p>'
+
+
 def curves(groups: Groups) -> tuple[str, str]:
     """(main charts, all other charts) over steps, one colour per group."""
     keys = list(

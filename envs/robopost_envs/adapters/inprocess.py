@@ -26,6 +26,13 @@ def info_success(info: dict[str, Any]) -> bool | None:
     return None if value is None else bool(value)
 
 
+def control_rate(env: gym.Env) -> dict[str, float]:
+    """`control_hz` of an environment that tells its control period as `dt` (MuJoCo's do), else nothing."""
+    period = getattr(env.unwrapped, "dt", None)
+    known = isinstance(period, float | np.floating) and period > 0
+    return {"control_hz": 1.0 / float(cast(float, period))} if known else {}
+
+
 class InProcessVecEnv(VectorEnv):
     """Vector environment over environment objects, for every simulator that has no batched path.
 
@@ -61,7 +68,7 @@ class InProcessVecEnv(VectorEnv):
         self.num_envs = num_envs
         self.spec = first.spec
         self.max_steps = int((first.spec.max_episode_steps if first.spec else 0) or 0)
-        self.metadata = {**first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
+        self.metadata = {**control_rate(first), **first.metadata, "autoreset_mode": AutoresetMode.SAME_STEP}
         self.render_mode = first.render_mode
         self._adapters = [observe(env.observation_space) for env in self.envs]
         self.single_observation_space = select(self._adapters[0].space, list(obs_keys))

@@ -98,6 +98,11 @@ class PushTWrapper(gym.Wrapper):
         super().__init__(env)
         self._base: Any = env.unwrapped
         self._initial = initial
+        self.metadata = {
+            **env.metadata,
+            "control_hz": float(self._base.control_hz),
+            "motion": {"state": (0, 2), "keypoint": (2 * len(BLOCK_KEYPOINTS), 2 * len(BLOCK_KEYPOINTS) + 2)},
+        }
         high = np.array([SIZE, SIZE, SIZE, SIZE, 2 * np.pi], dtype=np.float32)
         spaces: dict[str, gym.Space] = {
             "state": gym.spaces.Box(np.zeros(5, np.float32), high, dtype=np.float32),

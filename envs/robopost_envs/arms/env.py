@@ -78,6 +78,7 @@ class ArmVectorEnv(MujocoVectorEnv):
             nthread=config.threads,
             autoreset=autoreset,
         )
+        self.metadata["motion"] = {"state": (0, 3)}  # the fingertips' position
         self._ramp = (np.arange(self.physics.nstep) + 1.0)[None, :, None] / self.physics.nstep
         self._render_data = mujoco.MjData(model)
         self._renderers: dict[int, FrameRenderer] = {}
