@@ -26,6 +26,7 @@ from robopost.vector import Arrays, VecEnv
 AT_BOUND = 0.005  # of the range: an action this close to a bound counts as saturated
 ORDERS = {"action_rate": 1, "action_acceleration": 2, "action_jerk": 3}
 CUT_HZ, CUT_AMPLITUDE, PAD = 10.0, 0.05, 4  # of the spectral arc length, as its authors set them
+NAMES = (*ORDERS, "saturation", "sparc", "seam_jump", "chunk_overlap_rms", "sample_std")  # in this order
 TRACKED = ("action_jerk", "saturation", "chunk_seam_ratio", "chunk_overlap_rms", "sample_std")
 
 
@@ -118,9 +119,10 @@ class Smoothness:
         (delta method) one of a ratio of means.
         """
         found = {}
-        for name, values in self.episodes.items():
-            if name == "inner_jump":
+        for name in NAMES:
+            if name not in self.episodes:
                 continue
+            values = self.episodes[name]
             if name == "seam_jump":
                 name, values = "chunk_seam_ratio", ratio_samples(values, self.episodes["inner_jump"])
             values = values[np.isfinite(values)]

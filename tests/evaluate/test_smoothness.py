@@ -259,7 +259,7 @@ def test_no_bounds_and_discrete_actions_have_no_smoothness():
 
 def test_json_console_trackers_and_report(tmp_path):
     result = evaluate(Scripted(4, 2, at=0.03), VecEnv(Ends(4)), episodes=6, seed=0)
-    data = json.loads(json.dumps(result.to_json(), allow_nan=False))
+    data = json.loads(json.dumps(result.to_json(), allow_nan=False, sort_keys=True))
     back = EvalResult.from_json(data).smoothness
     assert back.dt == 0.05
     assert back.episodes.keys() == result.smoothness.episodes.keys()
@@ -276,6 +276,7 @@ def test_json_console_trackers_and_report(tmp_path):
         "eval/chunk_seam_ratio",
         "eval/chunk_overlap_rms",
     }
+    assert [row[0] for row in back.rows()] == [row[0] for row in result.smoothness.rows()]
     rows = {label: (interval.value, unit) for label, interval, unit in back.rows()}
     assert rows["action jerk"][1] == "range/s³"
     assert rows["chunk seam ratio"] == (pytest.approx(5.0, rel=1e-3), "x")
