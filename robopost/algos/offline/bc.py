@@ -15,7 +15,7 @@ from robopost.data.batch import Batch, Obs, Spec
 from robopost.errors import ConfigError, unknown
 from robopost.nets.flat import Flat, adam, frozen_copy, set_lr
 from robopost.policies.base import Policy
-from robopost.registry import ALGOS
+from robopost.registry import ALGOS, POLICIES
 
 PADDINGS = ("mask", "hold")
 
@@ -69,6 +69,16 @@ class BC(Algorithm):
     ) -> None:
         super().__init__(config, policy, spec, device=device, generator=generator)
         self.config: BCConfig = config
+        if type(policy).bc_loss is Policy.bc_loss:
+            able = [
+                item.name
+                for item in POLICIES
+                if getattr(item.target, "bc_loss", None) not in (None, Policy.bc_loss)
+            ]
+            raise ConfigError(
+                f"algo={config.name} can't train policy={policy.registry_name}, which has no loss on demonstrations. "
+                f"Policies that have one: {', '.join(able)}"
+            )
         self._flat = Flat(policy)
         self.optimizer = adam(
             self._flat,

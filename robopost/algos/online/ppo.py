@@ -125,7 +125,7 @@ class PPO(Algorithm):
         super().__init__(config, policy, spec, device=device, generator=generator)
         if not policy.has_log_prob:
             raise ConfigError(
-                f"algo=ppo needs a policy with a log-probability, policy={policy.registry_name} has none. "
+                f"algo={config.name} needs a policy with a log-probability, policy={policy.registry_name} has none. "
                 "Fix: policy=gaussian"
             )
         self.value = ValueNet(
@@ -154,7 +154,7 @@ class PPO(Algorithm):
         """
         cfg = self.config
         if batch.chain is None or batch.log_prob is None:
-            raise DataError("algo=ppo needs chain and log_prob in its rollout, from Policy.act")
+            raise DataError(f"algo={cfg.name} needs chain and log_prob in its rollout, from Policy.act")
         total = batch.reward.numel()
         if total < cfg.batch_size:
             raise ConfigError(

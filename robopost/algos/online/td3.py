@@ -113,7 +113,8 @@ def check_step_policy(policy: Policy, algo: str) -> None:
     """
     if policy.horizon != 1:
         raise ConfigError(
-            f"algo={algo} works on single actions, policy.horizon={policy.horizon}. Fix: policy.horizon=1"
+            f"algo={algo} works on single actions, policy.horizon={policy.horizon}. "
+            "Fix: policy.horizon=1, or policy=residual policy.base=<run> to correct a policy of chunks"
         )
     mode = getattr(policy.config, "normalise_action", "bounds")
     if mode not in ("bounds", "minmax"):
