@@ -12,6 +12,44 @@ from robopost.errors import ConfigError
 from robopost.nets.time import TimeEmbedding
 
 GROUPS = 8
+MATRIX_ROWS = 32  # batch x steps up to which a convolution is a matrix product on the CPU
+
+
+class Conv1d(nn.Conv1d):
+    """`nn.Conv1d`; without gradients, one matrix product where batch and steps are few.
+
+    For a single chunk torch takes a kernel on the CPU that needs three to seven times as long as the product.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H) to (B, O, H')."""
+        if not _few(input):
+            return super().forward(input)
+        (size,), (stride,), pad = self.kernel_size, self.stride, int(self.padding[0])
+        columns = nn.functional.pad(input, (pad, pad)).unfold(2, size, stride).transpose(1, 2)
+        rows = columns.reshape(-1, columns.shape[2] * size)
+        out = nn.functional.linear(rows, self.weight.flatten(1), self.bias)
+        return out.unflatten(0, columns.shape[:2]).transpose(1, 2)
+
+
+class ConvTranspose1d(nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d`, with the same exception."""
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(B, C, H) to (B, O, H')."""
+        if not _few(input) or self.bias is None:
+            return super().forward(input, output_size)
+        (size,), (stride,), pad = self.kernel_size, self.stride, int(self.padding[0])
+        batch, channels, steps = input.shape
+        product = input.transpose(1, 2).reshape(-1, channels) @ self.weight.flatten(1)
+        parts = product.unflatten(0, (batch, steps)).transpose(1, 2)
+        length = (steps - 1) * stride - 2 * pad + size
+        out = nn.functional.fold(parts, (1, length), (1, size), padding=(0, pad), stride=(1, stride))
+        return out.squeeze(2) + self.bias[:, None]
+
+
+def _few(x: Tensor) -> bool:
+    return not torch.is_grad_enabled() and x.device.type == "cpu" and x.shape[0] * x.shape[2] <= MATRIX_ROWS
 
 
 class FiLMBlock(nn.Module):
@@ -22,7 +60,7 @@ class FiLMBlock(nn.Module):
         self.first = _conv_block(in_channels, channels, kernel)
         self.film = nn.Sequential(nn.Mish(), nn.Linear(cond_dim, 2 * channels))
         self.second = _conv_block(channels, channels, kernel)
-        self.skip = nn.Conv1d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
+        self.skip = Conv1d(in_channels, channels, 1) if in_channels != channels else nn.Identity()
 
     def forward(self, x: Tensor, cond: Tensor) -> Tensor:
         """(B, C_in, H) and (B, cond_dim) to (B, C, H)."""
@@ -78,7 +116,7 @@ class UNet1D(nn.Module):
                     [
                         FiLMBlock(size, width, cond, kernel),
                         FiLMBlock(width, width, cond, kernel),
-                        nn.Identity() if last else nn.Conv1d(width, width, 3, stride=2, padding=1),
+                        nn.Identity() if last else Conv1d(width, width, 3, stride=2, padding=1),
                     ]
                 )
             )
@@ -88,14 +126,14 @@ class UNet1D(nn.Module):
             self.up.append(
                 nn.ModuleList(
                     [
-                        nn.ConvTranspose1d(size, size, 4, stride=2, padding=1),
+                        ConvTranspose1d(size, size, 4, stride=2, padding=1),
                         FiLMBlock(size + width, width, cond, kernel),
                         FiLMBlock(width, width, cond, kernel),
                     ]
                 )
             )
             size = width
-        self.out = nn.Sequential(_conv_block(size, size, kernel), nn.Conv1d(size, action_dim, 1))
+        self.out = nn.Sequential(_conv_block(size, size, kernel), Conv1d(size, action_dim, 1))
 
     def forward(self, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
         """Denoise `x` (B, H, A)."""
@@ -116,7 +154,7 @@ class UNet1D(nn.Module):
 
 def _conv_block(in_channels: int, channels: int, kernel: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv1d(in_channels, channels, kernel, padding=kernel // 2),
+        Conv1d(in_channels, channels, kernel, padding=kernel // 2),
         nn.GroupNorm(GROUPS, channels),
         nn.Mish(),
     )
