@@ -37,6 +37,25 @@ class MLPDenoiser(nn.Module):
         """Denoise `x` (B, H, A)."""
         return self.net(torch.cat([x.flatten(1), cond, self.time(*times)], dim=-1)).view_as(x)
 
+    def steps(self, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
+        """See `denoise_steps`: condition and times go through the first layer once, not once per row."""
+        layer = self.net.inp
+        sizes = [x.shape[-2] * x.shape[-1], cond.shape[-1], layer.in_features]
+        sizes[2] -= sizes[0] + sizes[1]
+        of_x, of_cond, of_time = layer.weight.split(sizes, dim=1)
+        shared = nn.functional.linear(cond, of_cond)[:, None]
+        timed = nn.functional.linear(self.time(*times), of_time, layer.bias)
+        return self.net.blocks_of(nn.functional.linear(x.flatten(2), of_x) + shared + timed).view_as(x)
+
+
+def denoise_steps(net: nn.Module, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
+    """Denoise n chunks of each sample in one batch: x (B, n, H, A), cond (B, D), times (n,) each, to (B, n, H, A)."""
+    if isinstance(net, MLPDenoiser):
+        return net.steps(x, cond, *times)
+    batch, count = x.shape[:2]
+    rows = [time.expand(batch, count).flatten() for time in times]
+    return net(x.flatten(0, 1), cond.repeat_interleave(count, 0), *rows).view_as(x)
+
 
 def build_denoiser(
     backbone: str,

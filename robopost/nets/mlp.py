@@ -115,7 +115,10 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
-        h = self.inp(x)
+        return self.blocks_of(self.inp(x))
+
+    def blocks_of(self, h: Tensor) -> Tensor:
+        """Everything behind the first layer, whose output `h` (..., width) is."""
         for block in self.blocks:
             h = h + block(h)
         return self.out(h)

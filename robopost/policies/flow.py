@@ -6,38 +6,44 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError, unknown
-from robopost.nets.denoiser import build_denoiser
-from robopost.nets.encoder import EncodedConfig, ObsEncoder
+from robopost.nets.denoiser import denoise_steps
 from robopost.nets.masked import masked_mean
-from robopost.policies.base import Policy
+from robopost.policies.chain import ChainConfig, ChainPolicy
 from robopost.registry import POLICIES
 
 VARIANTS = ("rectified", "shortcut")
 PREDICTIONS = ("sample", "velocity")
+SOLVERS = ("euler", "midpoint")
 
 
 @dataclass(frozen=True)
 class TimeGrid:
-    """The times t_k = k/K, k = 0..K-1, of `steps` Euler steps from noise (t = 0) to data (t = 1).
+    """The times t_k = k/K, k = 0..K-1, at which `steps` solver steps begin, from noise (t = 0) to data (t = 1).
 
-    The one place that knows the grid: training targets, the sampler and any later log-probability of the
-    chain read it here. A sampler on linspace(0, 1, K) with a log-probability on k/K diverges in fine-tuning.
+    The one place that knows the grid: training targets, the sampler and any log-probability of the chain read it
+    here. A sampler on linspace(0, 1, K) with a log-probability on k/K diverges in fine-tuning.
     """
 
     steps: int
+    solver: str = "euler"  # euler | midpoint: a second evaluation in the middle of each step
 
     @property
     def dt(self) -> float:
         """Length of one step."""
         return 1.0 / self.steps
 
-    def time(self, k: int, batch: int, device: torch.device) -> Tensor:
-        """(batch,) filled with t_k."""
-        return torch.full((batch,), k / self.steps, device=device)
+    def starts(self, first: int, count: int, device: torch.device) -> Tensor:
+        """(count,) times t_k at which the steps `first` .. first + count - 1 begin."""
+        return torch.arange(first, first + count, device=device) / self.steps
+
+    def points(self, device: torch.device) -> Tensor:
+        """All times at which the solver asks for a velocity, in order: (K,), or (2K,) with midpoints."""
+        halves = 2 if self.solver == "midpoint" else 1
+        return torch.arange(self.steps * halves, device=device) / (self.steps * halves)
 
     def draw(self, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
         """(batch,) training times, uniform over [0, 1): the points of grids of any number of steps."""
@@ -45,17 +51,12 @@ class TimeGrid:
 
 
 @dataclass
-class FlowConfig(EncodedConfig):
-    """Config of `Flow`."""
+class FlowConfig(ChainConfig):
+    """Config of `Flow`; `steps` is a power of two for a shortcut model."""
 
     name: str = "flow"
-    horizon: int = 16
-    normalise_action: str = "minmax"
     variant: str = "rectified"  # rectified | shortcut
-    steps: int = 10  # Euler steps K when sampling; a power of two for shortcut
-    backbone: str = "mlp"  # mlp | unet | transformer
-    width: int = 256
-    depth: int = 3
+    solver: str = "euler"  # euler: one evaluation per step | midpoint: two, of second order
     prediction: str = "sample"  # sample: the network gives x_1 | velocity: the network gives the velocity
     shortcut_finest: int = 64  # shortcut: smallest step is 1/this, trained by flow matching
     shortcut_fraction: float = 0.25  # shortcut: share of the batch with self-consistency targets
@@ -63,11 +64,17 @@ class FlowConfig(EncodedConfig):
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS:
             raise unknown("policy.variant", self.variant, VARIANTS)
+        if self.solver not in SOLVERS:
+            raise unknown("policy.solver", self.solver, SOLVERS)
         if self.prediction not in PREDICTIONS:
             raise unknown("policy.prediction", self.prediction, PREDICTIONS)
         if self.steps < 1:
             raise ConfigError(f"policy.steps={self.steps} must be at least 1")
         if self.variant == "shortcut":
+            if self.solver != "euler":
+                raise ConfigError(
+                    "policy.solver=midpoint needs policy.variant=rectified: a shortcut model jumps whole steps"
+                )
             for name in ("steps", "shortcut_finest"):
                 value = getattr(self, name)
                 if value < 1 or value & (value - 1):
@@ -81,8 +88,8 @@ class FlowConfig(EncodedConfig):
 
 
 @POLICIES.register("flow", config=FlowConfig)
-class Flow(Policy):
-    """Velocity field that carries Gaussian noise to action chunks; K Euler steps, no log-probability.
+class Flow(ChainPolicy):
+    """Velocity field that carries Gaussian noise to action chunks; K solver steps, no log-probability.
 
     Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field
     regresses x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn
@@ -96,54 +103,63 @@ class Flow(Policy):
     registry_name = "flow"
 
     def __init__(self, config: FlowConfig, spec: Spec) -> None:
-        super().__init__(config, spec)
+        super().__init__(config, spec, times=2 if config.variant == "shortcut" else 1)
         self.config: FlowConfig = config
-        self.grid = TimeGrid(config.steps)
-        self.encoder = ObsEncoder(spec, self.obs_keys, self.history, config)
-        self.net = build_denoiser(
-            config.backbone,
-            self.horizon,
-            spec.action_dim,
-            self.encoder.out_dim,
-            width=config.width,
-            depth=config.depth,
-            times=2 if config.variant == "shortcut" else 1,
-        )
-        self.clip = chunk_clip(config, spec)
+        self.grid = TimeGrid(config.steps, config.solver)
+
+    @property
+    def num_steps(self) -> int:
+        """Steps K of the grid."""
+        return self.grid.steps
 
     def velocity(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor | float | None = None) -> Tensor:
         """Velocity (B, H, A) at `x` (B, H, A) and time `t` (B,), given encoded observations `cond` (B, D).
 
         `step` is the step a shortcut model is asked to jump, None = the grid's; rectified flow ignores it.
         """
-        out = self.output(x, t, cond, step)
-        return out if self.config.prediction == "velocity" else (out - x) / (1 - t)[:, None, None]
+        return self._to_velocity(self.net(x, cond, *self._times(t, step)), x, t)
+
+    def velocities(self, x: Tensor, t: Tensor, cond: Tensor, net: nn.Module | None = None) -> Tensor:
+        """Velocities (B, n, H, A) at n points `x` (B, n, H, A) and times `t` (n,) of each sample, in one batch."""
+        out = denoise_steps(self.net if net is None else net, x, cond, *self._times(t, None))
+        return self._to_velocity(out, x, t)
 
     def output(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor | float | None = None) -> Tensor:
         """What the network gives at `x`: x_1 or the velocity, as `prediction` says."""
+        return self.net(x, cond, *self._times(t, step))
+
+    def _times(self, t: Tensor, step: Tensor | float | None) -> tuple[Tensor, ...]:
+        """Time inputs of the network: a shortcut model also gets the size of its step."""
         if self.config.variant == "rectified":
-            return self.net(x, cond, t)
+            return (t,)
         size = torch.as_tensor(
             self.grid.dt if step is None else step, dtype=t.dtype, device=t.device
         ).expand_as(t)
-        level = -size.log2() / max(1, self.config.shortcut_finest.bit_length() - 1)
-        return self.net(x, cond, t, level)
+        return t, -size.log2() / max(1, self.config.shortcut_finest.bit_length() - 1)
+
+    def _to_velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        return out if self.config.prediction == "velocity" else (out - x) / (1 - t)[:, None, None]
+
+    def means(self, x: Tensor, first: int, cond: Tensor, net: nn.Module | None = None) -> Tensor:
+        """See `ChainPolicy.means`: where the solver goes from each x_k."""
+        dt = self.grid.dt
+        t = self.grid.starts(first, x.shape[1], x.device)
+        velocity = self.velocities(x, t, cond, net)
+        if self.grid.solver == "midpoint":
+            velocity = self.velocities(x + velocity * (dt / 2), t + dt / 2, cond, net)
+        return x + velocity * dt
 
     def sample(
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Euler integration; the chain holds x_0 .. x_K before the final clip.
+        """Solve the flow; the chain holds x_0 .. x_K before the final clip.
 
         `deterministic` starts at x_0 = 0 instead of Gaussian noise: the same chunk for the same observation. Where
         demonstrations have several modes that is a compromise between them, and a sample acts better.
         """
-        cond = self.encoder(obs)
-        x = initial_noise(cond, self.horizon, self.spec.action_dim, generator, deterministic)
-        chain = [x]
-        for k in range(self.grid.steps):
-            x = x + self.velocity(x, self.grid.time(k, len(cond), x.device), cond) * self.grid.dt
-            chain.append(x)
-        return x.clamp(-self.clip, self.clip), None, torch.stack(chain, dim=1)
+        x = self.start(len(next(iter(obs.values()))), generator, deterministic)
+        chain = self.chain(obs, x)
+        return chain[-1].clamp(-self.clip, self.clip), None, torch.stack(chain, dim=1)
 
     def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
         """Flow-matching loss; for shortcut models part of the batch trains self-consistency."""
@@ -179,19 +195,3 @@ class Flow(Policy):
         first = self.velocity(x, t, cond, half)
         second = self.velocity(x + first * half[:, None, None], t + half, cond, half)
         return (first + second) / 2
-
-
-def initial_noise(
-    cond: Tensor, horizon: int, action_dim: int, generator: torch.Generator | None, deterministic: bool
-) -> Tensor:
-    """Start of a generative chain (B, H, A) for conditions (B, D): Gaussian noise, or its mean."""
-    shape = (len(cond), horizon, action_dim)
-    if deterministic:
-        return torch.zeros(shape, device=cond.device)
-    return torch.randn(shape, generator=generator, device=cond.device)
-
-
-def chunk_clip(config: EncodedConfig, spec: Spec) -> float:
-    """1 where normalised actions lie in [-1, 1] by construction, otherwise infinity."""
-    inside = config.normalise_action == "minmax" or (config.normalise_action == "bounds" and spec.bounded)
-    return 1.0 if inside else float("inf")

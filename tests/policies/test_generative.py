@@ -53,9 +53,7 @@ def test_shapes_and_randomness(kind, backbone, history, horizon):
 
 
 def policy_steps(policy):
-    if isinstance(policy, Flow):
-        return range(policy.grid.steps)
-    return policy.schedulers[policy.config.sampler].timesteps
+    return range(policy.num_steps)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -90,17 +88,13 @@ def test_euler_steps_run_on_the_grid():
     policy = build("rectified", horizon=2)
     seen = []
 
-    def record(x, t, cond, step=None):
-        seen.append(t[0].item())
+    def record(x, t, cond, net=None):
+        seen.append(t.item())
         return torch.ones_like(x)
 
-    policy.velocity = record
+    policy.velocities = record
     _, _, chain = policy.sample(state(1), generator=seeded())
-    assert (
-        seen
-        == [0.0, 0.25, 0.5, 0.75]
-        == [policy.grid.time(k, 1, torch.device("cpu")).item() for k in range(4)]
-    )
+    assert seen == [0.0, 0.25, 0.5, 0.75] == policy.grid.starts(0, 4, torch.device("cpu")).tolist()
     # velocity 1 over the whole unit interval moves every element by exactly 1
     torch.testing.assert_close(chain[:, -1] - chain[:, 0], torch.ones(1, 2, 2))
     assert TimeGrid(4).dt == 0.25
@@ -126,9 +120,7 @@ def test_sample_prediction_gives_the_velocity_towards_the_sample():
     torch.testing.assert_close(arrive, policy.net(x, cond, t))
     # so the last Euler step, from t = 1 - 1/K, ends exactly on the network's estimate
     _, _, chain = policy.sample(state(3), generator=seeded())
-    torch.testing.assert_close(
-        chain[:, -1], policy.net(chain[:, -2], cond, policy.grid.time(3, 3, cond.device))
-    )
+    torch.testing.assert_close(chain[:, -1], policy.net(chain[:, -2], cond, torch.full((3,), 0.75)))
 
 
 def test_shortcut_target_is_two_half_steps():
