@@ -15,7 +15,7 @@ from robopost.accel import CudaGraph, accelerate
 from robopost.data.batch import Batch, Spec
 from robopost.data.dataset import Dataset
 from robopost.errors import CheckpointError, ConfigError
-from robopost.policies.base import Policy
+from robopost.policies.base import Action, Policy
 
 Metrics = dict[str, Tensor]
 
@@ -25,12 +25,13 @@ class Needs:
     """What an algorithm asks of its loop.
 
     Attributes:
-        chunks: True when batches hold action chunks (B, H, A) of the policy's horizon (behaviour cloning).
+        chunks: True when batches hold action chunks (B, H, A) of the policy's horizon: behaviour cloning, and on-policy
+            algorithms whose transitions are the execution of a chunk.
         batch_size: samples per update.
         n_step, gamma: how the sampler forms reward and discount.
         updates_per_step: updates per environment step (UTD); off-policy only.
         warmup_steps: environment steps of random actions before the first update; off-policy only.
-        rollout_steps: steps per environment in one rollout; on-policy only.
+        rollout_steps: steps per environment in one rollout, executed chunks where `chunks`; on-policy only.
         refresh_steps: environment steps (all copies together) after which `behaviour` is asked again who collects; a
             divisor of a rollout's steps, 0 = the policy itself always does; on-policy only.
         demo_fraction: share of each batch drawn from the offline dataset; off-policy only, 0 = none.
@@ -125,6 +126,10 @@ class Algorithm(ABC):
     def explore(self, obs: dict[str, Tensor], generator: torch.Generator) -> Tensor:
         """Executed action (B, A) in environment units for collecting; default: a stochastic sample of the policy."""
         return self.policy.act(obs, generator=generator).chunk[:, 0]
+
+    def decide(self, obs: dict[str, Tensor], generator: torch.Generator) -> Action:
+        """What an on-policy rollout of chunks executes for raw observations (B, ...); default: the policy's sample."""
+        return self.policy.act(obs, generator=generator)
 
     def accelerate(self, mode: str) -> None:
         """Compile or capture the update steps, see `robopost.accel.accelerate`. Call once, before the first update."""

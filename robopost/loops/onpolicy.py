@@ -13,6 +13,7 @@ from robopost.data.dataset import Dataset
 from robopost.data.mixture import check_same_task
 from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.collector import Collector
+from robopost.loops.decisions import collect_decisions
 from robopost.loops.run import Files, Run, crossed
 from robopost.policies.base import EPISODE_STEP
 from robopost.vector import VecEnv, make_vec, to_torch
@@ -33,12 +34,14 @@ def run_onpolicy(run: Run) -> None:
             (recorded.stats, recorded.dataset_id) if recorded else (None, f"env {config.env.name}")
         )
         algo = run.build(env.spec, stats, source)
-        if algo.policy.execute != 1 or not algo.policy.has_log_prob:
+        if not algo.needs.chunks and (algo.policy.execute != 1 or not algo.policy.has_log_prob):
             raise ConfigError(
                 f"algo={config.algo.name} needs a policy with a log-probability that acts every step; "
                 f"policy={config.policy.name} has horizon={algo.policy.horizon}. Fix: policy=gaussian"
             )
-        steps, refresh = algo.needs.rollout_steps, algo.needs.refresh_steps
+        needs = algo.needs
+        steps, refresh = needs.rollout_steps, needs.refresh_steps
+        span = steps * (algo.policy.execute if needs.chunks else 1)  # vector steps of a rollout
         if refresh and steps * env.num_envs % refresh:
             raise ConfigError(
                 f"algo={config.algo.name} renews its behaviour policy every {refresh} environment steps, which doesn't "
@@ -57,7 +60,8 @@ def run_onpolicy(run: Run) -> None:
         collector.start(state)
         while run.step < config.loop.steps:
             began = time.perf_counter()
-            batch = _rollout(collector, algo, steps)
+            collect = collect_decisions if needs.chunks else _rollout
+            batch = collect(collector, algo, steps)
             run.add_time("time/collect", time.perf_counter() - began)
             began = time.perf_counter()
             run.record(algo.update(algo.policy.normaliser.batch(batch)))
@@ -67,7 +71,7 @@ def run_onpolicy(run: Run) -> None:
                 files, plain = collector.state()
                 return files, plain | ({"dataset": source} if recorded else {})
 
-            if run.after(run.step + steps * env.num_envs, algo, extra_state):
+            if run.after(run.step + span * env.num_envs, algo, extra_state):
                 collector.cut_if_unsaved()
     finally:
         env.close()

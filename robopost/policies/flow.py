@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,12 @@ class Flow(ChainPolicy):
 
     def _to_velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
         return out if self.config.prediction == "velocity" else (out - x) / (1 - t)[:, None, None]
+
+    def time_embedding(self, steps: range) -> Tensor:
+        """(n, T) what the network makes of the times at which `steps` begin."""
+        t = self.grid.starts(steps.start, len(steps), self.device)
+        embed = cast(nn.Module, self.net.time)
+        return embed(*self._times(t, None))
 
     def means(self, x: Tensor, first: int, cond: Tensor, net: nn.Module | None = None) -> Tensor:
         """See `ChainPolicy.means`: where the solver goes from each x_k."""

@@ -28,6 +28,10 @@ STATIONARY = [
     "algo.gamma=0.99",
     "algo.rollout_steps=10",
 ]
+CHUNKS = [
+    *("policy.horizon=4", "policy.execute=2", "policy.steps=3", "policy.width=16", "policy.depth=1"),
+    *("algo.rollout_steps=5", "algo.batch_size=8", "algo.epochs=2", "algo.hidden=[16]"),
+]
 POLICY = {
     "bc": ["policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1"],
     "td3_bc": ["policy=deterministic", "policy.hidden=[16]"],
@@ -61,6 +65,7 @@ POLICY = {
     "trpo": [*STATIONARY, "algo.critic_batch_size=8", "algo.critic_sweeps=2"],
     "npg": STATIONARY,
     "ppo": ["policy=gaussian", "policy.hidden=[16]", "algo.rollout_steps=10", "algo.batch_size=20"],
+    "reinflow": [*CHUNKS, "algo.noise_hidden=[16]", "algo.finetune_steps=2", "algo.noise_decay_updates=4"],
     "props": [
         "policy=gaussian",
         "policy.hidden=[16]",
