@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from robopost.errors import ConfigError, unknown
+from robopost.nets import fused
 from robopost.nets.mlp import ResidualMLP
 from robopost.nets.time import TimeEmbedding
 from robopost.nets.transformer import ChunkTransformer
@@ -28,10 +29,13 @@ class MLPDenoiser(nn.Module):
         *,
         times: int,
         time_dim: int,
+        activation: str,
+        layernorm: bool,
     ) -> None:
         super().__init__()
         self.time = TimeEmbedding(time_dim, times)
-        self.net = ResidualMLP(horizon * action_dim + cond_dim + time_dim, width, depth, horizon * action_dim)
+        inputs, outputs = horizon * action_dim + cond_dim + time_dim, horizon * action_dim
+        self.net = ResidualMLP(inputs, width, depth, outputs, activation, layernorm=layernorm)
 
     def forward(self, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
         """Denoise `x` (B, H, A)."""
@@ -42,17 +46,20 @@ class MLPDenoiser(nn.Module):
         layer = self.net.inp
         sizes = [x.shape[-2] * x.shape[-1], cond.shape[-1], layer.in_features]
         sizes[2] -= sizes[0] + sizes[1]
-        of_x, of_cond, of_time = layer.weight.split(sizes, dim=1)
-        shared = nn.functional.linear(cond, of_cond)[:, None]
+        # Contiguous: oneDNN falls back to a reference kernel on slices of a matrix.
+        of_x, of_cond, of_time = (part.contiguous() for part in layer.weight.split(sizes, dim=1))
+        shared = fused.linear(cond, of_cond)[:, None]
         timed = nn.functional.linear(self.time(*times), of_time, layer.bias)
-        return self.net.blocks_of(nn.functional.linear(x.flatten(2), of_x) + shared + timed).view_as(x)
+        return self.net.blocks_of(fused.linear(x.flatten(2), of_x) + shared + timed).view_as(x)
 
 
 def denoise_steps(net: nn.Module, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
     """Denoise n chunks of each sample in one batch: x (B, n, H, A), cond (B, D), times (n,) each, to (B, n, H, A)."""
+    batch, count = x.shape[:2]
+    if count == 1:  # a step of a sampler: the plain network has the lowest overhead
+        return net(x[:, 0], cond, *(time.expand(batch) for time in times))[:, None]
     if isinstance(net, MLPDenoiser):
         return net.steps(x, cond, *times)
-    batch, count = x.shape[:2]
     rows = [time.expand(batch, count).flatten() for time in times]
     return net(x.flatten(0, 1), cond.repeat_interleave(count, 0), *rows).view_as(x)
 
@@ -67,6 +74,8 @@ def build_denoiser(
     depth: int,
     times: int = 1,
     time_dim: int = 32,
+    activation: str = "mish",
+    layernorm: bool = True,
 ) -> nn.Module:
     """Build a backbone.
 
@@ -80,6 +89,8 @@ def build_denoiser(
         depth: see `backbone`.
         times: number of scalar time inputs.
         time_dim: size of the time embedding.
+        activation: of the mlp.
+        layernorm: in the mlp's blocks.
 
     Raises:
         ConfigError: unknown backbone, or sizes it can't have.
@@ -87,7 +98,17 @@ def build_denoiser(
     if width < 1 or depth < 1:
         raise ConfigError(f"policy.width={width} and policy.depth={depth} must be at least 1")
     if backbone == "mlp":
-        return MLPDenoiser(horizon, action_dim, cond_dim, width, depth, times=times, time_dim=time_dim)
+        return MLPDenoiser(
+            horizon,
+            action_dim,
+            cond_dim,
+            width,
+            depth,
+            times=times,
+            time_dim=time_dim,
+            activation=activation,
+            layernorm=layernorm,
+        )
     if backbone == "unet":
         channels = [width * 2**level for level in range(depth)]
         return UNet1D(horizon, action_dim, cond_dim, channels, times=times, time_dim=time_dim)

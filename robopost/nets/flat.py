@@ -66,6 +66,11 @@ class Flat:
         grads = torch.autograd.grad(outputs, self.params, gradients, allow_unused=True)
         torch.cat(flattened(self.params, grads), out=self.grad)
 
+    def add_backward(self, loss: Tensor) -> None:
+        """As `backward`, added to what `grad` holds: for a loss in parts."""
+        grads = torch.autograd.grad(loss, self.params, allow_unused=True)
+        self.grad.add_(torch.cat(flattened(self.params, grads)))
+
     def clip(self, max_norm: float) -> Tensor:
         """Scale `grad` to a norm of at most `max_norm`; returns the norm before, a scalar tensor."""
         norm = self.grad.norm()

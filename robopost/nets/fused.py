@@ -79,13 +79,35 @@ def usable(net: nn.Sequential, x: Tensor) -> bool:
     """True when `net` is a ReLU perceptron and `x` (B, in), and seeds are stacked or it is large, float32, on CPU."""
     if _stacked:
         return x.dim() == 2 and _is_perceptron(net)
-    if x.dim() != 2 or x.dtype != torch.float32 or x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.dim() != 2 or not _slow_mkl(x) or torch.compiler.is_compiling():
         return False
-    if not (preferred() if _override is None else _override and available()):
+    return _is_perceptron(net) and _large(x.shape[0], parameters(net)[::2])
+
+
+def _slow_mkl(x: Tensor) -> bool:
+    """True where oneDNN is the faster library for products of `x`."""
+    if x.dtype != torch.float32 or x.device.type != "cpu":
         return False
-    if not _is_perceptron(net):
-        return False
-    return _large(x.shape[0], parameters(net)[::2])
+    return preferred() if _override is None else _override and available()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear layer in the faster library: x (..., in), weight (out, in), bias (out,) to (..., out)."""
+    rows = x.numel() // x.shape[-1]
+    if _stacked or torch.compiler.is_compiling() or not _slow_mkl(x) or not _large(rows, [weight]):
+        return nn.functional.linear(x, weight, bias)
+    flat = x.reshape(rows, x.shape[-1])
+    out = (
+        _Linear.apply(flat, weight, bias) if torch.is_grad_enabled() else _linear(flat, weight, bias, "none")
+    )
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def sequential(net: nn.Module, x: Tensor) -> Tensor:
+    """Evaluate `net` with `linear` for its linear layers."""
+    for layer in net.children():
+        x = linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+    return x
 
 
 def parameters(net: nn.Sequential) -> list[Any]:
@@ -141,8 +163,7 @@ def _with_gradient(grad: Tensor) -> Tensor | None:
 
 def _seeds(x: Tensor, *weights: Tensor) -> Tensor:
     """The perceptrons of all seeds: x (N, B, in), weights (N, ...) -> (N, B, out) or (N, E, B, out)."""
-    slow_mkl = x.device.type == "cpu" and (preferred() if _override is None else _override and available())
-    if slow_mkl and x.dtype == torch.float32 and _large(x.shape[1], list(weights[::2])):
+    if _slow_mkl(x) and _large(x.shape[1], list(weights[::2])):
         rows = zip(x.unbind(), *(weight.unbind() for weight in weights), strict=True)
         return torch.stack([_Perceptron.apply(*row) for row in rows])
     return _Stacked.apply(x, *weights)
@@ -187,6 +208,87 @@ def _evaluate(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, list[Tensor
         if not last:
             saved += hidden
     return torch.stack(hidden) if stacked else hidden[0], saved
+
+
+def residual(blocks: nn.ModuleList, out: nn.Sequential, h: Tensor) -> Tensor | None:
+    """Blocks [ReLU, linear, ReLU, linear] with skips, then [ReLU, linear], h (..., width) to (..., out).
+
+    None where the layers are others, or plain torch is no slower.
+    """
+    rows = h.numel() // h.shape[-1]
+    if _stacked or torch.compiler.is_compiling() or not _slow_mkl(h) or not _plain(blocks, out):
+        return None
+    weights: list[Tensor] = [*blocks.parameters(), *out.parameters()]
+    if not _large(rows, weights[::2]):
+        return None
+    flat = h.reshape(rows, h.shape[-1])
+    return _Residual.apply(flat, *weights).view(*h.shape[:-1], -1)
+
+
+def _plain(blocks: nn.ModuleList, out: nn.Sequential) -> bool:
+    kinds = [[type(layer) for layer in net.children()] for net in (*blocks, out)]
+    return all(
+        kind == [nn.ReLU, nn.Linear] * (2 if net < len(blocks) else 1) for net, kind in enumerate(kinds)
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias, "none")
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            _dense(grad, weight.t()) if of_x else None,
+            _product(grad, x) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
+
+
+class _Residual(torch.autograd.Function):
+    """h + W2 relu(W1 relu(h)) of every block, then Wo relu(h): x (B, width) to (B, out)."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, *weights: Tensor) -> Tensor:
+        saved: list[Tensor] = []
+        for index in range(0, len(weights) - 2, 4):
+            w1, b1, w2, b2 = weights[index : index + 4]
+            a = h.relu()
+            z = _dense(a, w1, b1, "relu")
+            h = _dense(z, w2, b2).add_(h)
+            saved += [a, z]
+        a = h.relu_() if weights[:-2] else h.relu()
+        ctx.save_for_backward(*weights, *saved, a)
+        return _dense(a, weights[-2], weights[-1])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        count = len(ctx.needs_input_grad) - 1
+        weights, saved = ctx.saved_tensors[:count], list(ctx.saved_tensors[count:])
+        grads: list[Tensor | None] = [None] * count
+
+        def pull(flow: Tensor, layer: int, inputs: Tensor) -> Tensor:
+            """Gradients of linear layer `layer`, and of its input before the ReLU that made it."""
+            if ctx.needs_input_grad[1 + 2 * layer]:
+                grads[2 * layer] = _product(flow, inputs)
+                grads[2 * layer + 1] = flow.sum(0)
+            flow = _dense(flow, weights[2 * layer].t())
+            return torch.ops.aten.threshold_backward.grad_input(flow, inputs, 0, grad_input=flow)
+
+        last = count // 2 - 1
+        flow = pull(grad, last, saved.pop())
+        for layer in reversed(range(0, last, 2)):
+            z, a = saved.pop(), saved.pop()
+            flow = flow + pull(pull(flow, layer + 1, z), layer, a)
+        return flow, *grads
 
 
 class _Perceptron(torch.autograd.Function):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 
@@ -81,7 +82,7 @@ class MLP(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
-        return fused.mlp(self, input) if fused.usable(self, input) else super().forward(input)
+        return fused.mlp(self, input) if fused.usable(self, input) else fused.sequential(self, input)
 
     def frozen(self, x: Tensor) -> Tensor:
         """As `forward`, with a gradient to the input alone: none of the weights' is computed."""
@@ -92,18 +93,28 @@ class MLP(nn.Sequential):
 
 
 class ResidualMLP(nn.Module):
-    """Pre-norm residual blocks of one width: (..., in_dim) -> (..., out_dim).
+    """Residual blocks of one width, pre-norm with `layernorm`: (..., in_dim) -> (..., out_dim).
 
     Each block is `x + W2 act(W1 act(norm(x)))`. It trains better than a plain stack as a denoiser, where the
     output has to keep the detail of the noisy input.
     """
 
-    def __init__(self, in_dim: int, width: int, blocks: int, out_dim: int, activation: str = "mish") -> None:
+    def __init__(
+        self,
+        in_dim: int,
+        width: int,
+        blocks: int,
+        out_dim: int,
+        activation: str = "mish",
+        *,
+        layernorm: bool = True,
+    ) -> None:
         super().__init__()
         self.inp = nn.Linear(in_dim, width)
+        norm = [nn.LayerNorm(width)] if layernorm else []
         self.blocks = nn.ModuleList(
             nn.Sequential(
-                nn.LayerNorm(width),
+                *copy.deepcopy(norm),
                 build_activation(activation),
                 nn.Linear(width, width),
                 build_activation(activation),
@@ -115,10 +126,13 @@ class ResidualMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in_dim) to (..., out_dim)."""
-        return self.blocks_of(self.inp(x))
+        return self.blocks_of(fused.linear(x, self.inp.weight, self.inp.bias))
 
     def blocks_of(self, h: Tensor) -> Tensor:
         """Everything behind the first layer, whose output `h` (..., width) is."""
+        fast = fused.residual(self.blocks, self.out, h)
+        if fast is not None:
+            return fast
         for block in self.blocks:
-            h = h + block(h)
-        return self.out(h)
+            h = h + fused.sequential(block, h)
+        return fused.sequential(self.out, h)

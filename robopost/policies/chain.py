@@ -32,6 +32,8 @@ class ChainConfig(EncodedConfig):
     backbone: str = "mlp"  # mlp | unet | transformer
     width: int = 256
     depth: int = 3
+    activation: str = "mish"  # of the mlp backbone
+    layernorm: bool = True  # in the blocks of the mlp backbone
     frozen_steps: int = (
         0  # first steps of the chain that a frozen copy of the network takes, see `freeze_first`
     )
@@ -57,6 +59,8 @@ class ChainPolicy(Policy):
             width=config.width,
             depth=config.depth,
             times=times,
+            activation=config.activation,
+            layernorm=config.layernorm,
         )
         self.clip = chunk_clip(config, spec)
         if not 0 <= config.frozen_steps < config.steps:

@@ -5,7 +5,7 @@ import torch
 from robopost.data.batch import Spec
 from robopost.nets import fused
 from robopost.nets.ensemble import EnsembleMLP
-from robopost.nets.mlp import MLP
+from robopost.nets.mlp import MLP, ResidualMLP
 from robopost.nets.value import QEnsemble
 
 SIZES = (23, [256, 256], 6)
@@ -97,3 +97,32 @@ def test_a_backward_pass_sees_only_the_rows_it_needs(monkeypatch):
     monkeypatch.setattr(fused, "_dense", lambda a, *rest: (rows.append(min(a.shape)), plain(a, *rest))[1])
     torch.autograd.grad(out, list(net.parameters()))
     assert max(rows) <= 96
+
+
+@pytest.mark.parametrize("options", [{"activation": "relu", "layernorm": False}, {"activation": "mish"}])
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_a_residual_network_has_the_plain_values_and_gradients(blocks, options):
+    torch.manual_seed(0)
+    net, x = ResidualMLP(23, 256, blocks, 6, **options), torch.randn(4, 16, 23, requires_grad=True)
+    results = []
+    for enabled in (True, False):
+        fused.force(enabled)
+        out = net(x)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, *net.parameters()])])
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
+
+
+def test_a_linear_layer_has_the_plain_values_and_gradients():
+    torch.manual_seed(0)
+    weight, bias = torch.randn(256, 256, requires_grad=True), torch.randn(256, requires_grad=True)
+    x = torch.randn(3, 20, 256, requires_grad=True)
+    results = []
+    for enabled in (True, False):
+        fused.force(enabled)
+        out = fused.linear(x, weight, bias)
+        results.append([out, *torch.autograd.grad(out.sin().sum(), [x, weight, bias])])
+        with torch.no_grad():
+            assert torch.equal(fused.linear(x, weight, bias), out)
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))

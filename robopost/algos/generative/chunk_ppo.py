@@ -27,6 +27,9 @@ from robopost.policies.base import Policy
 from robopost.policies.chain import ChainPolicy
 
 BLOCK = 4096  # decisions that the critic values at once
+# Rows of a network whose activations stay in a CPU's cache from the forward to the backward pass. Minibatches of
+# thousands of decisions take two thirds of the time in such parts.
+CACHED_ROWS = 4096
 
 
 @dataclass
@@ -163,6 +166,11 @@ class ChunkPPO(Algorithm):
         return [self.policy]
 
     @property
+    def rows_per_decision(self) -> int:
+        """Evaluations of the network per decision in `actor_loss`."""
+        return self.policy.num_steps
+
+    @property
     def needs(self) -> Needs:
         """Rollouts of executed chunks."""
         cfg = self.config
@@ -178,7 +186,7 @@ class ChunkPPO(Algorithm):
 
     @abstractmethod
     def actor_loss(self, rows: dict[str, Tensor], obs: Obs) -> tuple[Tensor, Tensor, Metrics]:
-        """Loss of a minibatch, a pure function of tensors.
+        """Loss of a minibatch, a mean over its rows; a pure function of tensors.
 
         Args:
             rows: what `remember` gave, and `advantage` (B,) normalised.
@@ -259,34 +267,53 @@ class ChunkPPO(Algorithm):
 
     def _values(self, obs: Obs) -> Tensor:
         """Values of a whole rollout, in blocks: the features of all its images would not fit."""
-        blocks = [
-            dict(zip(obs, part, strict=True))
-            for part in zip(*(v.split(BLOCK) for v in obs.values()), strict=True)
-        ]
-        return torch.cat([self.critic(block) for block in blocks])
+        return torch.cat([self.critic(block) for block in _split(obs, BLOCK)])
 
     def critic_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step on the critic: mean squared error to the value targets."""
-        loss = (rows["returns"] - self.critic(_obs(rows))).square().mean()
-        self._critic_flat.backward(loss)
+        total = len(rows["returns"])
+        error = torch.zeros((), device=self.device)
+        self._critic_flat.grad.zero_()
+        for part in _split(rows, CACHED_ROWS if self.device.type == "cpu" else total):
+            loss = (part["returns"] - self.critic(_obs(part))).square().sum() / total
+            self._critic_flat.add_backward(loss)
+            error = error + loss.detach()
         self._critic_flat.clip(self.config.max_grad_norm)
         self.critic_optimizer.step()
-        return {"loss/value": loss.detach()}
+        return {"loss/value": error}
 
     def actor_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step on the actor; changes nothing once `target_kl` is exceeded."""
         cfg = self.config
         rows = rows | {"advantage": normalise(rows["advantage"])}
-        loss, kl, metrics = self.actor_loss(rows, _obs(rows))
-        self._actor_flat.backward(loss)
+        metrics: Metrics = {}
+        total = len(rows["advantage"])
+        self._actor_flat.grad.zero_()
+        for part in _split(rows, self._part(total)):
+            share = len(part["advantage"]) / total
+            loss, kl, found = self.actor_loss(part, _obs(part))
+            self._actor_flat.add_backward(loss * share)
+            for key, value in (found | {"loss/actor": loss.detach(), "policy/kl": kl}).items():
+                metrics[key] = metrics[key] + share * value if key in metrics else share * value
         norm = self._actor_flat.clip(cfg.max_grad_norm)
         if cfg.target_kl:
-            self._keep.logical_and_(kl <= cfg.target_kl)
+            self._keep.logical_and_(metrics["policy/kl"] <= cfg.target_kl)
             step_where(self.actor_optimizer, self._actor_flat, self._keep)
         else:
             self.actor_optimizer.step()
-        return metrics | {"loss/actor": loss.detach(), "policy/kl": kl, "grad/norm": norm}
+        return metrics | {"grad/norm": norm}
+
+    def _part(self, total: int) -> int:
+        """Decisions whose gradient is computed at once."""
+        part = max(1, CACHED_ROWS // self.rows_per_decision)
+        return part if self.device.type == "cpu" and total > part else total
 
 
 def _obs(rows: dict[str, Tensor]) -> Obs:
     return {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
+
+
+def _split(rows: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Parts of at most `size` rows."""
+    parts = zip(*(value.split(size) for value in rows.values()), strict=True)
+    return [dict(zip(rows, part, strict=True)) for part in parts]
