@@ -114,6 +114,11 @@ class Diffusion(ChainPolicy):
         stride = self.config.train_steps // self.config.steps
         return Sampler(self._levels, self.alphas.cpu(), stride, kind, eta).to(self.alphas.device)
 
+    def use_sampler(self, kind: str, eta: float = 0.0) -> None:
+        """Sample with `make_sampler(kind, eta)` from now on, and wherever the policy is loaded again."""
+        self.config.sampler, self.config.eta = kind, eta
+        self.sampler = self.make_sampler(kind, eta)
+
     def predict(self, x: Tensor, step: Tensor, cond: Tensor) -> Tensor:
         """Network output (B, H, A) for noisy chunks at integer noise levels `step` (B,)."""
         return self.net(x, cond, step / self.config.train_steps)

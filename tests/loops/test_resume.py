@@ -66,6 +66,7 @@ POLICY = {
     "npg": STATIONARY,
     "ppo": ["policy=gaussian", "policy.hidden=[16]", "algo.rollout_steps=10", "algo.batch_size=20"],
     "reinflow": [*CHUNKS, "algo.noise_hidden=[16]", "algo.finetune_steps=2", "algo.noise_decay_updates=4"],
+    "dppo": [*CHUNKS, "algo.finetune_steps=2", "algo.min_log_prob_std=0.2"],
     "props": [
         "policy=gaussian",
         "policy.hidden=[16]",

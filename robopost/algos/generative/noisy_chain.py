@@ -68,6 +68,14 @@ class NoisyChainPPO(ChunkPPO):
     def stds(self, cond: Tensor, steps: range) -> Tensor:
         """Standard deviation (B or 1, n, H, A) of the noise in `steps`, given encoded observations (B, D)."""
 
+    def density_std(self, std: Tensor) -> Tensor:
+        """Std that densities are evaluated with, from that of the noise; default: the same."""
+        return std
+
+    def draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Standard normal noise of a whole chain."""
+        return torch.randn(shape, generator=generator, device=self.device)
+
     @abstractmethod
     def reduce(self, density: Tensor, chain: Tensor) -> Tensor:
         """Log-densities (B, n, H, A) of the fine-tuned steps of `chain` (B, K + 1, H, A) to one (B,) or (B, n)."""
@@ -85,10 +93,10 @@ class NoisyChainPPO(ChunkPPO):
         first, steps = self.tuned.start, self.policy.num_steps
         start = self.policy.start(len(next(iter(obs.values()))), generator, deterministic=False)
         shape = (len(start), steps, *start.shape[1:])
-        draw = torch.randn(shape, generator=generator, device=start.device)
+        draw = self.draw(shape, generator)
         std = self.stds(self.policy.encoder(obs), range(steps)).expand(shape)
         chain = torch.stack(self.policy.chain(obs, start, std * draw, **self.chain_options), 1)
-        offset, spread = (std * draw)[:, first:], std[:, first:]
+        offset, spread = (std * draw)[:, first:], self.density_std(std[:, first:])
         density = normal_log_density(offset, torch.zeros_like(offset), spread.log())
         chunk = chain[:, -1].clamp(-self.policy.clip, self.policy.clip)
         return Action(self.policy.normaliser.unnormalise_action(chunk), self.reduce(density, chain), chain)
@@ -103,7 +111,8 @@ class NoisyChainPPO(ChunkPPO):
         """Density of the stored chain under the policy now, all steps in one batch."""
         cond = self.policy.encoder(obs)
         std = self.stds(cond, self.tuned)
-        log_prob = self.reduce(self.density(rows["chain"], cond, std), rows["chain"])
+        density = self.density(rows["chain"], cond, self.density_std(std))
+        log_prob = self.reduce(density, rows["chain"])
         return self.chain_loss(log_prob, rows, std)
 
     def density(self, chain: Tensor, cond: Tensor, std: Tensor) -> Tensor:
