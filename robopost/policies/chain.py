@@ -115,22 +115,23 @@ class ChainPolicy(Policy):
             net: the network to ask, None = the trained one.
         """
 
-    def chain(self, obs: Obs, x: Tensor, noise: Tensor | None = None, **options: Any) -> list[Tensor]:
+    def chain(
+        self, obs: Obs, x: Tensor, noise: Tensor | None = None, cond: Tensor | None = None, **options: Any
+    ) -> list[Tensor]:
         """[x_0 .. x_K] from `x` = x_0 (B, H, A), with `noise` (B, K, H, A) added to the means.
 
-        `options` go to `means`. The observation is encoded once; frozen steps take the frozen networks.
+        `options` go to `means`. The observation is encoded once, or not at all where `cond` (B, D) is what `encoder`
+        makes of it; frozen steps take the frozen networks.
         """
-        parts = (
-            [(self.frozen["encoder"], self.frozen["net"], range(self.frozen_steps))]
-            if self.frozen_steps
-            else []
-        )
-        parts.append((self.encoder, self.net, range(self.frozen_steps, self.num_steps)))
+        parts = []
+        if self.frozen_steps:
+            parts.append((self.frozen["encoder"](obs), self.frozen["net"], range(self.frozen_steps)))
+        cond = self.encoder(obs) if cond is None else cond
+        parts.append((cond, self.net, range(self.frozen_steps, self.num_steps)))
         chain = [x]
-        for encoder, net, steps in parts:
-            cond = encoder(obs)
+        for encoded, net, steps in parts:
             for k in steps:
-                x = self.means(x[:, None], k, cond, net, **options)[:, 0]
+                x = self.means(x[:, None], k, encoded, net, **options)[:, 0]
                 if noise is not None:
                     x = x + noise[:, k]
                 chain.append(x)

@@ -49,7 +49,7 @@ class ChunkPPOConfig(AlgoConfig):
     weight_decay: float = 0.0  # decoupled
     critic_warmup: int = 0  # first rollouts that train the critic alone
     max_grad_norm: float = 1.0
-    target_kl: float = 1.0  # no more changes in this rollout beyond it, 0 = off
+    target_kl: float = 1.0  # beyond it the actor stays as it is for the rest of the rollout, 0 = off
     scale_reward: bool = True  # divide rewards by a running standard deviation of discounted returns
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])  # of the critic
     activation: str = "mish"  # of the critic
@@ -224,15 +224,14 @@ class ChunkPPO(Algorithm):
             for start in range(0, total - cfg.batch_size + 1, cfg.batch_size):
                 rows = {key: value[start : start + cfg.batch_size] for key, value in shuffled.items()}
                 found = self.critic_step({k: v for k, v in rows.items() if k.startswith(("obs/", "returns"))})
-                if not warming:
+                # Reading the flag costs nothing on CPU; on a GPU it would stall, and masked steps change nothing.
+                stopped = cfg.target_kl and self.device.type == "cpu" and not self._keep
+                if not warming and not stopped:
                     del rows["returns"]
                     found = found | self.actor_step(rows)
                 for key, value in found.items():
                     sums[key] = sums[key] + value if key in sums else value
                     counts[key] = counts.get(key, 0) + 1
-            # Reading the flag costs nothing on CPU; on a GPU it would stall, and masked steps change nothing.
-            if cfg.target_kl and self.device.type == "cpu" and not self._keep:
-                break
         return metrics | {key: value / counts[key] for key, value in sums.items()}
 
     def _schedule(self) -> None:

@@ -82,23 +82,41 @@ class NoiseNet(nn.Module):
         return (low + (self.high.log() - low) * share).exp().unflatten(-1, self.shape)
 
 
-def geometric_log_prob(density: Tensor, start: Tensor, bound: float) -> Tensor:
+def chain_sum(values: Tensor, execute: int) -> Tensor:
+    """Sum (B,) of per-dimension values (B, n, H, A) of a chain's last n steps, as far as they matter.
+
+    What the very last step draws for the actions behind the first `execute` reaches neither the environment nor another
+    step. Its density integrates to 1 whatever the rest, so leaving it out is exact, and takes its noise out of the
+    ratio. In the steps before, those dimensions go through the network and shape what is executed: they stay.
+    """
+    return values[:, :-1].sum((1, 2, 3)) + values[:, -1, :execute].sum((1, 2))
+
+
+def chain_size(values: Tensor, execute: int) -> int:
+    """How many numbers `chain_sum` adds up in one sample, and those of x_0."""
+    _, steps, horizon, actions = values.shape
+    return (steps * horizon + execute) * actions
+
+
+def geometric_log_prob(density: Tensor, start: Tensor, execute: int, bound: float) -> Tensor:
     """Log p(x_0 .. x_K) per step and dimension (B,), clamped to +-bound (ReinFlow, appendix; bound 0 = no clamp).
 
     Args:
         density: (B, n, H, A) of the fine-tuned steps, per dimension.
         start: (B, H, A) x_0, whose density under N(0, I) counts as one more step.
+        execute: executed steps of a chunk, see `chain_sum`.
         bound: largest magnitude.
     """
     begin = (-0.5 * start.square() - HALF_LOG_2PI).sum((1, 2))
-    mean = (begin + density.sum((1, 2, 3))) / (start[0].numel() * (density.shape[1] + 1))
+    mean = (begin + chain_sum(density, execute)) / chain_size(density, execute)
     return mean.clamp(-bound, bound) if bound else mean
 
 
-def entropy_rate(std: Tensor) -> Tensor:
-    """Entropy of the chain per step and dimension (B,), x_0 included: mean of H(N(0, 1)) and of all H(N(., std^2))."""
-    steps = (std.log() + 0.5 + HALF_LOG_2PI).mean((2, 3))
-    return (steps.sum(1) + 0.5 + HALF_LOG_2PI) / (steps.shape[1] + 1)
+def entropy_rate(std: Tensor, execute: int) -> Tensor:
+    """Entropy per step and dimension (B,) of what `geometric_log_prob` is the density of, given std (B, n, H, A)."""
+    unit = 0.5 + HALF_LOG_2PI  # of N(0, 1)
+    begin = std[0, 0].numel() * unit
+    return (begin + chain_sum(std.log() + unit, execute)) / chain_size(std, execute)
 
 
 @ALGOS.register("reinflow", config=ReinFlowConfig)
@@ -137,7 +155,8 @@ class ReinFlow(NoisyChainPPO):
         """Learned in fine-tuned steps, `noise_min` before; no gradient reaches the policy's embeddings."""
         cfg = self.config
         if cfg.noise_min == cfg.noise_max:
-            return torch.full((1, len(steps), 1, 1), cfg.noise_min, device=cond.device)
+            shape = (1, len(steps), self.policy.horizon, self.policy.spec.action_dim)
+            return torch.full(shape, cfg.noise_min, device=cond.device)
         std = self.noise(self.policy.time_embedding(steps).detach(), cond.detach())
         frozen = self.policy.frozen_steps - steps.start
         if frozen > 0:
@@ -146,9 +165,10 @@ class ReinFlow(NoisyChainPPO):
 
     def reduce(self, density: Tensor, chain: Tensor) -> Tensor:
         """The geometric mean's logarithm, or with `normalise_ratio=false` the sum over steps and dimensions; (B,)."""
+        execute = self.policy.execute
         if self.config.normalise_ratio:
-            return geometric_log_prob(density, chain[:, 0], self.config.log_prob_bound)
-        return density.sum((1, 2, 3))
+            return geometric_log_prob(density, chain[:, 0], execute, self.config.log_prob_bound)
+        return chain_sum(density, execute)
 
     def chain_loss(
         self, log_prob: Tensor, rows: dict[str, Tensor], std: Tensor
@@ -157,7 +177,7 @@ class ReinFlow(NoisyChainPPO):
         cfg = self.config
         log_ratio = log_prob - rows["log_prob"]
         ratio = log_ratio.exp()
-        entropy = entropy_rate(std).mean()
+        entropy = entropy_rate(std, self.policy.execute).mean()
         loss = clipped_loss(ratio, rows["advantage"], cfg.clip) - cfg.entropy_coef * entropy
         with torch.no_grad():
             metrics = {
@@ -179,7 +199,10 @@ class ReinFlow(NoisyChainPPO):
         """See `ChunkPPO.update`; afterwards the upper bound of the noise takes its next value."""
         metrics = super().update(batch)
         cfg = self.config
-        if cfg.noise_decay_updates and cfg.noise_min < cfg.noise_max:
+        if cfg.noise_min == cfg.noise_max:
+            return metrics
+        metrics["policy/noise_bound"] = self.noise.high.clone()
+        if cfg.noise_decay_updates:
             self.noise.high.fill_(
                 noise_bound(self.updates / cfg.noise_decay_updates, cfg.noise_min, cfg.noise_max)
             )
