@@ -50,6 +50,7 @@ class ChunkPPOConfig(AlgoConfig):
     critic_warmup: int = 0  # first rollouts that train the critic alone
     max_grad_norm: float = 1.0
     target_kl: float = 1.0  # beyond it the actor stays as it is for the rest of the rollout, 0 = off
+    bootstrap_time_limits: bool = True  # false: a time limit ends like a failure, as in the authors' code
     scale_reward: bool = True  # divide rewards by a running standard deviation of discounted returns
     hidden: list[int] = field(default_factory=lambda: [256, 256, 256])  # of the critic
     activation: str = "mish"  # of the critic
@@ -104,7 +105,7 @@ class ReturnScale(nn.Module):
 
     @torch.no_grad()
     def update(self, reward: Tensor, done: Tensor, valid: Tensor, gamma: float) -> Tensor:
-        """Learn from rewards (D, N) of a rollout; returns the standard deviation, 1 before the first."""
+        """Learn from rewards (D, N) of a rollout; returns the standard deviation, 1 where all are equal."""
         running, sums = torch.zeros_like(reward[0]), []
         for t in range(len(reward)):
             running = running * gamma + reward[t]
@@ -120,7 +121,8 @@ class ReturnScale(nn.Module):
         self.spread += spread + shift.square() * self.count * count / total
         self.mean += shift * count / total
         self.count.copy_(total)
-        return (self.spread / self.count).sqrt().clamp_min(1e-6)
+        std = (self.spread / self.count).sqrt()
+        return torch.where(std > 1e-6, std, torch.ones_like(std))
 
 
 class ChunkPPO(Algorithm):
@@ -247,15 +249,15 @@ class ChunkPPO(Algorithm):
         cfg = self.config
         flat = batch.map(lambda tensor: tensor.flatten(0, 1))
         done = batch.terminated | batch.truncated
-        reward = batch.reward
+        # Padding is zero from here on: its advantage is 0, and nothing flows back from it.
+        kept = lambda x: torch.where(valid, x.view_as(batch.reward), torch.zeros_like(batch.reward))  # noqa: E731
+        reward, discount = kept(batch.reward), kept(batch.discount)
         if cfg.scale_reward:
             reward = reward / self.scale.update(reward, done, valid, cfg.gamma)
-        mask = valid.to(reward.dtype)
-        value = self._values(flat.obs).view_as(reward) * mask
-        next_value = self._values(flat.next_obs).view_as(reward) * mask
-        advantage, returns = gae(
-            reward, batch.discount * mask, done, value, next_value, cfg.gamma * cfg.gae_lambda
-        )
+        if not cfg.bootstrap_time_limits:
+            discount = discount * (~batch.truncated).to(discount.dtype)
+        value, next_value = kept(self._values(flat.obs)), kept(self._values(flat.next_obs))
+        advantage, returns = gae(reward, discount, done, value, next_value, cfg.gamma * cfg.gae_lambda)
         rows = torch.nonzero(valid.flatten()).flatten()  # the one wait for the device in a rollout
         chosen = flat.map(lambda tensor: tensor.index_select(0, rows))
         value, returns = value.flatten()[rows], returns.flatten()[rows]
