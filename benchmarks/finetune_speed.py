@@ -105,7 +105,10 @@ def our_step(algo, rows):
 def reinflow_rows(rows, repeats: int = 1, size: int = 0):
     """Arguments of the released ReinFlow loss: rows drawn as its generator draws them."""
     total = len(rows["advantage"])
-    index = torch.randperm(total * repeats, generator=torch.Generator().manual_seed(2))[: size or total] // repeats
+    index = (
+        torch.randperm(total * repeats, generator=torch.Generator().manual_seed(2))[: size or total]
+        // repeats
+    )
     pick = {key: value[index] for key, value in rows.items()}
     return {
         "obs": {"state": pick["obs/state"][:, None]},
@@ -179,7 +182,11 @@ def agreement() -> dict[str, float]:
         model = originals.dppo(OBS, ACT, 64, DENOISING, TUNED, vectorised=vectorised)
         model.load_state_dict(released_model.state_dict())
         model.norm_adv = False
-        both.append(gradients(model.loss(**dppo_rows(rows, algo, 64 * TUNED), reward_horizon=CHUNK)[0], model.actor_ft))
+        both.append(
+            gradients(
+                model.loss(**dppo_rows(rows, algo, 64 * TUNED), reward_horizon=CHUNK)[0], model.actor_ft
+            )
+        )
     ours = gradients(loss, released_model.actor_ft)
     out["dppo"] = float((ours - both[0]).norm() / both[0].norm())
     out["dppo vectorised"] = float((both[1] - both[0]).norm() / both[0].norm())
@@ -204,7 +211,9 @@ def measure(case: str, width: int, batch: int, rounds: int) -> dict[str, float]:
         model = originals.dppo(OBS, ACT, width, DENOISING, TUNED, vectorised=case == "dppo vectorised")
         given = dppo_rows(rows, algo, batch)
 
-        def theirs(step=originals.minibatch(model, given, reward_horizon=CHUNK), kept=given["advantages"].clone()):
+        step, kept = originals.minibatch(model, given, reward_horizon=CHUNK), given["advantages"].clone()
+
+        def theirs():
             given["advantages"].copy_(kept)  # the released loss scales it in place
             step()
 

@@ -2,8 +2,8 @@
 """One minibatch of the released ReinFlow and DPPO code, run as it is: loss, backward, both optimisers.
 
 What differs from a run of their agents: no logging, no files, no environment. `einops`, which their image networks
-import, is a stand-in. `vectorised=True` replaces one statement of DPPO's loss, the list comprehension over the minibatch
-that makes the denoising discounts, by the same numbers from one tensor operation.
+import, is a stand-in. `vectorised=True` replaces one statement of DPPO's loss, the list comprehension over the
+minibatch that makes the denoising discounts, by the same numbers from one tensor operation.
 """
 
 import contextlib
@@ -33,7 +33,8 @@ def package(name: str) -> Iterator[None]:
     """Within this context `model` is the package of the clone `name`; both projects call theirs so."""
     folder = str(reference(name))
     sys.path.insert(0, folder)
-    sys.modules.setdefault("einops", stub("einops"))
+    for part in ("einops", "einops.layers", "einops.layers.torch"):
+        sys.modules.setdefault(part, stub(part, Rearrange=None))
     try:
         yield
     finally:
