@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from robopost.nets import fused
 from robopost.nets.rows import Rows
 
 ACCEPT_RATIO = 0.1  # of the linear prediction that an accepted step has to reach
@@ -94,7 +95,9 @@ def natural_step(
     with torch.enable_grad():
         objective = surrogate()
         gradient = rows.join(torch.autograd.grad(objective.sum(), rows.params)).detach()
-        slope = rows.join(torch.autograd.grad(divergence().sum(), rows.params, create_graph=True))
+        with fused.twice_differentiable():
+            apart = divergence()
+        slope = rows.join(torch.autograd.grad(apart.sum(), rows.params, create_graph=True))
 
     def fisher(v: Tensor) -> Tensor:
         product = torch.autograd.grad((slope * v).sum(), rows.params, retain_graph=True)

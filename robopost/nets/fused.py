@@ -40,6 +40,17 @@ def force(enabled: bool | None) -> None:
 
 
 @contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Within this context networks run as written: the fused kernels have no second derivative."""
+    global _override
+    before, _override = _override, False
+    try:
+        yield
+    finally:
+        _override = before
+
+
+@contextmanager
 def stacked() -> Iterator[None]:
     """Within this context `vectorise` runs over seeds."""
     global _stacked
