@@ -25,13 +25,11 @@ Rows without a target: ours without torch's oneDNN kernels (robopost/nets/fused.
 
 import contextlib
 import io
-import sys
 import time
-import types
 
 import numpy as np
 import torch
-from sides.originals import Recorder, copy_linear, load_module, reference, repeat
+from sides.originals import Recorder, agent_and_buffer, copy_linear, loss_difference, repeat, train_on
 
 from robopost import accel
 from robopost.algos.offline.a2pr import A2PR, A2PRConfig
@@ -105,27 +103,15 @@ def our_side(algo, data):
     return update
 
 
-def their_modules():
-    """The original's agent and buffer, which import packages beside them."""
-    root = str(reference("A2PR"))
-    sys.path.insert(0, root)
-    try:
-        agent = load_module("reference_a2pr", reference("A2PR", "A2PR.py"))
-        buffer = load_module("reference_a2pr_buffer", reference("A2PR", "utils", "buffer.py"))
-    finally:
-        sys.path.remove(root)
-    return agent, buffer
-
-
 def their_agent():
     with contextlib.redirect_stdout(io.StringIO()):
-        return their_modules()[0].A2PR(OBS, ACT, 1.0, "cpu", **SETTINGS)
+        return agent_and_buffer("A2PR", "A2PR.py")[0].A2PR(OBS, ACT, 1.0, "cpu", **SETTINGS)
 
 
 def their_side(data):
     """A function that does one update as its launcher's loop does."""
     agent = their_agent()
-    buffer = their_modules()[1].ReplayBuffer(OBS, ACT, "cpu", "none", 1, 0, max_size=1)
+    buffer = agent_and_buffer("A2PR", "A2PR.py")[1].ReplayBuffer(OBS, ACT, "cpu", "none", 1, 0, max_size=1)
     buffer.D4RL_convert(data)
     return lambda: agent.train(buffer, BATCH)
 
@@ -172,13 +158,10 @@ def parity(data):
         given = [s, a, r[:, None], s2, 1.0 - done.float()[:, None]]
         torch.manual_seed(step)
         algo.generator.manual_seed(step)
-        expected = agent.train(types.SimpleNamespace(sample=lambda size, given=given: given), BATCH)
+        expected = train_on(agent, given)
         discount = torch.where(done, 0.0, 0.99)
         got = algo.update(Batch({"state": s}, a, r, {"state": s2}, done, torch.zeros_like(done), discount))
-        for theirs, ours in LOSSES.items():
-            if theirs in expected:
-                difference = abs(expected[theirs] - got[ours].item())
-                worst = max(worst, difference / max(1.0, abs(expected[theirs])))
+        worst = max(worst, loss_difference(expected, got, LOSSES))
     both = pairs(algo, agent)
     params = max((ours - theirs.weight).abs().max().item() for ours, _, theirs in both)
     params = max(params, *((ours - theirs.bias).abs().max().item() for _, ours, theirs in both))

@@ -21,14 +21,20 @@ in float64.
 import contextlib
 import io
 import shutil
-import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
 import torch
-from sides.originals import Recorder, copy_critic, copy_linear, load_module, reference, repeat
+from sides.originals import (
+    Recorder,
+    agent_and_buffer,
+    copy_critic,
+    copy_linear,
+    loss_difference,
+    repeat,
+    train_on,
+)
 
 from robopost import accel
 from robopost.algos.offline.prdc import PRDC, PRDCConfig
@@ -87,18 +93,6 @@ def our_side(algo, dataset, seed=1):
     return update
 
 
-def their_modules():
-    """The original's agent and buffer, which import packages beside them."""
-    root = str(reference("PRDC"))
-    sys.path.insert(0, root)
-    try:
-        agent = load_module("reference_prdc", reference("PRDC", "prdc.py"))
-        buffer = load_module("reference_prdc_buffer", reference("PRDC", "utils", "buffer.py"))
-    finally:
-        sys.path.remove(root)
-    return agent, buffer
-
-
 def rows_of(dataset):
     """All transitions in D4RL's fields, normalised."""
     batch = dataset.transitions_at(torch.arange(dataset.num_steps))
@@ -117,7 +111,7 @@ def their_agent(algo, data):
     pairs = np.hstack([BETA * data["observations"], data["actions"]])
     sizes = {"state_dim": data["observations"].shape[1], "action_dim": data["actions"].shape[1]}
     with contextlib.redirect_stdout(io.StringIO()):
-        agent = their_modules()[0].PRDC(
+        agent = agent_and_buffer("PRDC", "prdc.py")[0].PRDC(
             pairs, **sizes, max_action=1.0, device="cpu", alpha=algo.config.alpha, beta=BETA
         )
     linears = lambda module: [x for x in module.modules() if isinstance(x, torch.nn.Linear)]  # noqa: E731
@@ -133,14 +127,14 @@ def their_agent(algo, data):
 def their_side(agent, data):
     """A function that does one update as its launcher's loop does."""
     sizes = (data["observations"].shape[1], data["actions"].shape[1])
-    buffer = their_modules()[1].ReplayBuffer(*sizes, "cpu", "none", 1, 0, max_size=1)
+    buffer = agent_and_buffer("PRDC", "prdc.py")[1].ReplayBuffer(*sizes, "cpu", "none", 1, 0, max_size=1)
     buffer.convert_D4RL(data)
     np.random.seed(0)
     return lambda: agent.train(buffer, BATCH)
 
 
 def parity(dataset):
-    """Largest relative difference of losses over two updates, all else equal, and of neighbours' distances."""
+    """Largest relative difference of losses over two updates, all else equal."""
     algo, scaled = our_agent(PRDC, dataset, alpha=40.0)
     data = rows_of(scaled)
     agent = their_agent(algo, data)
@@ -153,7 +147,7 @@ def parity(dataset):
         given.append(1.0 - done.float()[:, None])
         torch.manual_seed(step)
         algo.generator.manual_seed(step)
-        expected = agent.train(types.SimpleNamespace(sample=lambda size, given=given: given), BATCH)
+        expected = train_on(agent, given)
         ours = Batch(
             batch.obs,
             batch.action,
@@ -164,11 +158,7 @@ def parity(dataset):
             torch.where(done, 0.0, 0.99),
             extra=batch.extra,
         )
-        got = algo.update(ours)
-        for theirs, name in LOSSES.items():
-            if theirs in expected:
-                difference = abs(expected[theirs] - got[name].item())
-                worst = max(worst, difference / max(1.0, abs(expected[theirs])))
+        worst = max(worst, loss_difference(expected, algo.update(ours), LOSSES))
     return worst
 
 

@@ -47,6 +47,29 @@ def load_module(name, path, stubs=()):
     return module
 
 
+def agent_and_buffer(name, file):
+    """The modules of an original's agent (`file`) and of its replay buffer, which import packages beside them."""
+    root = str(reference(name))
+    sys.path.insert(0, root)
+    try:
+        agent = load_module(f"reference_{name.lower()}", reference(name, file))
+        buffer = load_module(f"reference_{name.lower()}_buffer", reference(name, "utils", "buffer.py"))
+    finally:
+        sys.path.remove(root)
+    return agent, buffer
+
+
+def train_on(agent, batch):
+    """One update of an original's agent on `batch`, whose first tensor tells the size; returns its losses."""
+    return agent.train(types.SimpleNamespace(sample=lambda size: batch), len(batch[0]))
+
+
+def loss_difference(expected, got, names):
+    """Largest |theirs - ours| / max(1, |theirs|) of the losses in `expected`; `names` maps theirs to ours."""
+    pairs = [(expected[theirs], got[ours].item()) for theirs, ours in names.items() if theirs in expected]
+    return max(abs(theirs - ours) / max(1.0, abs(theirs)) for theirs, ours in pairs)
+
+
 def stub(name, **content):
     """A stand-in module that holds `content`."""
     module = types.ModuleType(name)
