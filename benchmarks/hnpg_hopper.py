@@ -19,6 +19,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
+from sides.settings import IQL_POLICY, reward_scale
 
 from robopost.algos.online.trpo import NPGConfig
 from robopost.bench import Bench, find_checkout
@@ -31,17 +32,8 @@ from robopost.track.jsonl import read_metrics
 SUITE = "onpolicy"
 DATA = find_checkout() / "data" / "mujoco_v5" / "hopper-medium.zarr"
 TRANSITIONS = 50_000
-IQL = [
-    "algo=iql",
-    "policy=gaussian",
-    "policy.squash=false",
-    "policy.mean_tanh=true",
-    "policy.state_std=false",
-    "policy.normalise_obs=identity",
-    "policy.init=orthogonal",
-    "env=hopper",
-]
-SETTINGS = {name: ["recipe=hnpg/hopper"] for name in ("hnpg", "npg")} | {"iql": IQL}
+SETTINGS = {name: ["recipe=hnpg/hopper"] for name in ("hnpg", "npg")}
+SETTINGS |= {"iql": ["algo=iql", *IQL_POLICY, "env=hopper"]}
 
 
 def first_episodes(path: Path, transitions: int) -> tuple[int, float]:
@@ -52,7 +44,7 @@ def first_episodes(path: Path, transitions: int) -> tuple[int, float]:
         lengths = np.cumsum([info["length"] for info in store.episode_info])
         count = int(np.searchsorted(lengths, transitions)) + 1
         returns = [float(store.episode(i).reward.sum()) for i in range(count)]
-    return count, 1000 / (max(returns) - min(returns))
+    return count, reward_scale(returns)
 
 
 def learn(algo: str, seed: int, steps: int, updates: int, episodes: int) -> dict:

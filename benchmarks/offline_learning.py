@@ -33,6 +33,7 @@ import time
 from dataclasses import replace
 
 import numpy as np
+from sides.settings import IQL_POLICY, reward_scale
 
 from robopost.bench import Bench, find_checkout
 from robopost.compose import compose
@@ -47,14 +48,6 @@ RUNS = find_checkout() / "runs" / "offline_learning"
 TASKS = ("hopper", "walker2d")
 KINDS = ("medium", "medium-replay", "medium-expert")
 ONLINE_KINDS = ("medium-replay",)
-IQL_POLICY = [
-    "policy=gaussian",
-    "policy.squash=false",
-    "policy.mean_tanh=true",
-    "policy.state_std=false",
-    "policy.normalise_obs=identity",
-    "policy.init=orthogonal",
-]
 SETTINGS = {
     "bc": (["algo=bc", "policy=deterministic"], "256-256"),
     "td3_bc": (["algo=td3_bc"], "256-256"),
@@ -105,7 +98,7 @@ def config_of(name, algo, seed, updates, episodes, tau, evaluations=1):
         raise ConfigError(f"{store} is absent. Fix: robopost collect suite=mujoco_v5/{name}")
     if algo in SCALED:
         returns = describe(store)["return"]
-        words.append(f"data.reward_scale={1000 / (returns['max'] - returns['min']):.6g}")
+        words.append(f"data.reward_scale={reward_scale((returns['min'], returns['max'])):.6g}")
     words += [
         f"data.path={store}",
         f"seed={seed}",
