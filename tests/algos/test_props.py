@@ -15,18 +15,6 @@ from robopost.evaluate.sampling_error import sampling_error
 from robopost.loops import train
 from robopost.policies.categorical import Categorical, CategoricalConfig
 
-LOOP = [
-    "algo=props",
-    "policy.hidden=[16]",
-    "policy.squash=false",
-    "policy.state_std=false",
-    "policy.activation=tanh",
-    "policy.init=orthogonal",
-    "loop.eval_episodes=1",
-    "track.tensorboard=false",
-    "track.console=false",
-]
-
 
 def tabular(states, arms, seed, **config):
     """PROPS on a fixed random softmax policy over one-hot states; the settings of the method's own toy tasks."""
@@ -237,9 +225,10 @@ def test_fixed_gaussian_policy_in_a_simulator_is_sampled_with_less_error(tmp_pat
         return metrics
 
     monkeypatch.setattr(PROPS, "update", update)
-    words = [*LOOP, "env=Hopper-v5", "algo.rollout_steps=1024", "loop.steps=1024", "algo.epochs=1"]
+    words = ["recipe=debug_props", "env=Hopper-v5", "policy.hidden=[]", "loop.eval_episodes=1"]
+    words += ["algo.rollout_steps=1024", "algo.epochs=1", "algo.buffer_batches=1"]
     words += ["algo.behaviour_steps=32", "algo.behaviour_lr=1e-2", "algo.behaviour_minibatches=2"]
-    words += ["algo.sampling_error=true", "algo.buffer_batches=1", "policy.hidden=[]"]
+    words += ["track.tensorboard=false", "track.console=false"]
     for seed in range(2):
         for epochs in (0, 16):
             options = [f"algo.behaviour_epochs={epochs}", f"seed={seed}", f"out={tmp_path}/{seed}-{epochs}"]

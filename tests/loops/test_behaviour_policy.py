@@ -15,24 +15,22 @@ from robopost.compose import compose
 from robopost.errors import ConfigError, EnvError
 from robopost.loops import train
 
-LOOP = [
-    "algo=props",
+POLICY = [
     "policy.hidden=[16]",
     "policy.squash=false",
     "policy.state_std=false",
     "policy.activation=tanh",
     "policy.init=orthogonal",
-    "loop.eval_episodes=1",
-    "track.tensorboard=false",
-    "track.console=false",
 ]
+QUIET = ["loop.eval_episodes=1", "track.tensorboard=false", "track.console=false"]
 
 
 @pytest.mark.parametrize("copies", [1, 3])
 def test_without_behaviour_epochs_and_with_one_batch_it_is_ppo_bit_for_bit(copies, tmp_path):
     pytest.importorskip("mujoco")
     words = ["env=InvertedPendulum-v5", f"env.num_envs={copies}", "algo.rollout_steps=64", "loop.steps=768"]
-    words += ["algo.target_kl=0.02", "algo.entropy_coef=0.01", "loop.log_every=192", *LOOP[1:]]
+    words += ["algo.target_kl=0.02", "algo.entropy_coef=0.01", "loop.log_every=192"]
+    words += [*POLICY, *QUIET]
     train(compose(["algo=ppo", *words, f"out={tmp_path}/ppo"]))
     plain = ["algo.buffer_batches=1", "algo.behaviour_epochs=0", "algo.behaviour_steps=32"]
     train(compose(["algo=props", *words, *plain, f"out={tmp_path}/props"]))
@@ -71,8 +69,8 @@ def test_behaviour_policy_is_renewed_on_the_steps_of_all_copies(copies, times, t
         "algo.rollout_steps=24",
         "algo.behaviour_steps=8",
     ]
-    words += ["algo.behaviour_minibatches=1", "algo.behaviour_epochs=2"]
-    train(compose([*LOOP, *words, f"loop.steps={48 * copies}", "algo.batch_size=8", f"out={tmp_path}/run"]))
+    words += ["algo.behaviour_minibatches=1", "algo.behaviour_epochs=2", "algo.batch_size=8", *POLICY, *QUIET]
+    train(compose(["algo=props", *words, f"loop.steps={48 * copies}", f"out={tmp_path}/run"]))
     assert len(asked) == 2 * 24 * copies // 8
     half = len(asked) // 2
     assert asked[:half] == asked[half:]
@@ -93,7 +91,7 @@ def test_discrete_actions_go_through_the_whole_loop_and_resume_bitwise(tmp_path)
         "algo.rollout_steps=64",
         "algo.behaviour_steps=16",
         "algo.batch_size=32",
-        *LOOP[-3:],
+        *QUIET,
     ]
     words += ["loop.checkpoint_every=256", "algo.behaviour_lr=1e-2", "algo.behaviour_minibatches=2"]
     train(compose([*words, f"out={tmp_path}/straight"]))
@@ -160,7 +158,7 @@ def test_what_does_not_fit_is_one_line_before_the_first_update(words, error, mes
         gym.register("test/Broken-v0", lambda **kwargs: Broken())
     monkeypatch.setattr(PROPS, "update", lambda *args: pytest.fail("updated"))
     with pytest.raises(error, match=message) as caught:
-        train(compose(["algo=props", "loop.steps=4096", *words, *LOOP[-2:], f"out={tmp_path}/run"]))
+        train(compose(["algo=props", "loop.steps=4096", *words, *QUIET, f"out={tmp_path}/run"]))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "run").exists()
 
