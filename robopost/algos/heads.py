@@ -11,7 +11,8 @@ from robopost.errors import ConfigError
 from robopost.nets.rows import StackedQ
 from robopost.nets.value import ObsConcat
 from robopost.policies.base import Policy
-from robopost.policies.gaussian import HALF_LOG_2PI
+from robopost.policies.family import Family
+from robopost.policies.gaussian import HALF_LOG_2PI, Gaussian
 from robopost.policies.stepwise import Stepwise
 
 
@@ -39,7 +40,9 @@ class Heads:
     def __init__(
         self, policy: Policy, hidden: list[int], samples: int, generator: torch.Generator, name: str
     ) -> None:
-        if not hasattr(policy, "distribution") or policy.horizon != 1:
+        # A family also learns which of its members acts, which no surrogate of a single action knows of.
+        gaussian = isinstance(policy, Gaussian | Stepwise) and not isinstance(policy, Family)
+        if not gaussian or policy.horizon != 1:
             raise ConfigError(
                 f"algo={name} needs a Gaussian policy of single actions, policy={policy.registry_name} with "
                 f"horizon={policy.horizon} is none. Fix: policy=stepwise, or policy=gaussian policy.horizon=1"

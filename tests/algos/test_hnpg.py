@@ -20,6 +20,7 @@ from robopost.errors import ConfigError, DataError
 from robopost.loops import train
 from robopost.nets import fused
 from robopost.policies.base import EPISODE_STEP
+from robopost.policies.family import Family, FamilyConfig
 from robopost.policies.gaussian import Gaussian, GaussianConfig
 from robopost.policies.stepwise import Stepwise, StepwiseConfig
 
@@ -274,8 +275,14 @@ def test_config_and_policies_that_do_not_fit_are_refused(lab):
         TRPOConfig(hybrid=True)
     with pytest.raises(ConfigError, match=r"NPG has no line search"):
         NPGConfig(backtracks=3)
+    with pytest.raises(
+        ConfigError, match=r"algo.check_kl=true needs a line search, algo.backtracks=0 has none"
+    ):
+        TRPOConfig(backtracks=0)
     with pytest.raises(ConfigError, match=r"policy=deterministic with horizon=1 is none"):
         make(policy=lab.make_policy("deterministic", SPEC))
+    with pytest.raises(ConfigError, match=r"policy=family with horizon=1 is none"):
+        make("trpo", OPEN, Family(FamilyConfig(hidden=[8], balance_hidden=[8]), OPEN))
     with pytest.raises(ConfigError, match=r"algo.gamma=1 has no value function"):
         stationary(gamma=1.0)
     with pytest.raises(ConfigError, match=r"Fix: algo.rollout_steps=2048"):

@@ -68,6 +68,10 @@ class HNPGConfig(AlgoConfig):
                 raise ConfigError(f"algo.{name}={getattr(self, name)} must be above 0")
         if self.damping < 0:
             raise ConfigError(f"algo.damping={self.damping} must be 0 or more")
+        if self.check_kl and not self.backtracks:
+            raise ConfigError(
+                "algo.check_kl=true needs a line search, algo.backtracks=0 has none. Fix: algo.check_kl=false"
+            )
 
 
 def surrogate(advantage: Tensor, log_ratio: Tensor) -> Tensor:

@@ -48,8 +48,8 @@ class SACConfig(AlgoConfig):
     num_critics: int = 2
     target_subset: int = 0  # critics drawn at random for the minimum in the target, 0 = all
     critic_layernorm: bool = False
-    policy_delay: int = 1  # actor updates happen every n-th update, n of them at once
-    actor_updates: int = 0  # of them at once, 0 = policy_delay (RLPD: 1)
+    policy_delay: int = 1  # actor updates happen every n-th update, as many as actor_updates says
+    actor_updates: int = 0  # how many at once, 0 = policy_delay (RLPD: 1)
     actor_mean: bool = False  # the actor follows the critics' mean instead of their minimum (RLPD)
     temperature: float = 1.0  # entropy weight alpha; its start where it is learned
     learn_temperature: bool = True

@@ -39,7 +39,7 @@ class TD3CoreConfig(AlgoConfig):
     target_subset: int = 0  # critics drawn at random for the minimum in the target, 0 = all
     critic_layernorm: bool = False
     policy_delay: int = 2  # critic updates per actor and target update
-    target_noise: float = 0.2  # in normalised action units, as the next two
+    target_noise: float = 0.2  # in normalised action units, as its clip and exploration_noise
     target_noise_clip: float = 0.5
 
     def __post_init__(self) -> None:

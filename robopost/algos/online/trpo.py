@@ -37,9 +37,9 @@ class NPGConfig(TRPOConfig):
     backtracks: int = 0
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.backtracks:
             raise ConfigError(f"algo.backtracks={self.backtracks}: NPG has no line search. Fix: algo=trpo")
+        super().__post_init__()
 
 
 @ALGOS.register("trpo", config=TRPOConfig)
