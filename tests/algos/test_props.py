@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Normal, kl_divergence
 
 from robopost.algos.online.ppo import PPO, gae
 from robopost.algos.online.props import PROPS, PROPSConfig, advantage_weight, sampling_loss
@@ -59,6 +60,10 @@ def gaussian_data(lab, rows=64, **config):
     return algo, batch, algo._target(batch)
 
 
+def target(data):
+    return data["target/0"], data["target/1"]
+
+
 def gradient(algo, loss):
     algo._behaviour_flat.backward(loss)
     return algo._behaviour_flat.grad.clone()
@@ -80,8 +85,7 @@ def test_gradient_at_the_target_policy_is_that_of_the_mean_log_probability(lab):
     assert full.norm() > 1e-3
     assert torch.allclose(full, plain, atol=1e-6)
     assert torch.allclose(full, score, atol=1e-6)
-    target = (data["target/0"], data["target/1"])
-    assert gradient(algo, policy.divergence(policy.distribution(obs), target).mean()).norm() < 1e-5
+    assert gradient(algo, policy.divergence(policy.distribution(obs), target(data)).mean()).norm() < 1e-5
 
 
 def test_samples_that_are_rare_enough_have_no_gradient_and_those_that_are_not_do():
@@ -103,6 +107,25 @@ def test_a_huge_divergence_coefficient_keeps_the_behaviour_policy_where_the_targ
         )
     free, held = moved
     assert held < 1e-4 < free
+
+
+@pytest.mark.parametrize("limit", [1e9, 0.1])
+def test_a_step_follows_the_loss_of_the_paper(lab, limit):
+    """mean max(r, clip r) + lambda KL(behaviour || policy) per action dimension, its gradient's norm limited."""
+    options = {"behaviour_kl_coef": 3.0, "behaviour_target_kl": 0.0, "max_grad_norm": limit}
+    algo, _, data = gaussian_data(lab, **options)
+    policy, obs = algo.behaviour_policy, {"state": data["obs/state"]}
+    with torch.no_grad():  # away from the policy, so that the two directions of the divergence differ
+        algo._behaviour_flat.data.add_(0.2 * torch.randn_like(algo._behaviour_flat.data))
+        policy.log_std.add_(0.5)
+    normal = [Normal(mean, log_std.exp()) for mean, log_std in (policy.distribution(obs), target(data))]
+    x = data["chain"][:, 0]
+    ratio = (normal[0].log_prob(x) - normal[1].log_prob(x)).sum((1, 2)).exp()
+    loss = torch.maximum(ratio, ratio.clamp(0.7, 1.3)).mean() + 3 * kl_divergence(*normal).mean()
+    expected = gradient(algo, loss)
+    expected *= min(1.0, limit / expected.norm().item())
+    algo.behaviour_step(data)
+    assert torch.allclose(algo._behaviour_flat.grad, expected, rtol=1e-3, atol=1e-5 * expected.norm().item())
 
 
 def test_ros_lowers_the_log_probability_of_what_was_taken(lab):
