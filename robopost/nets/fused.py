@@ -42,12 +42,12 @@ def force(enabled: bool | None) -> None:
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Within this context networks run as written: the fused kernels have no second derivative."""
-    global _override
-    before, _override = _override, False
+    before = _override
+    force(False)
     try:
         yield
     finally:
-        _override = before
+        force(before)
 
 
 @contextmanager

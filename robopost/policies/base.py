@@ -119,7 +119,10 @@ class Policy(nn.Module, ABC):
             mask: (B, H) bool, False on padding, which must not contribute.
             generator: source of the loss's own randomness (flow time, diffusion step).
         """
-        raise ConfigError(f"policy {self.registry_name!r} can't be trained by behaviour cloning")
+        raise ConfigError(
+            f"policy={self.registry_name} can't be trained by behaviour cloning. "
+            "Fix: policy=deterministic, gaussian, flow or diffusion"
+        )
 
     @torch.no_grad()
     def act(
