@@ -296,6 +296,26 @@ def test_window_holds_the_newest_samples_without_those_that_leave_next(copies, s
         assert seams == list(range(steps - 1, len(batch), steps))
 
 
+def test_minibatches_have_the_size_of_a_full_window_as_soon_as_they_can(monkeypatch):
+    """Sixteen steps are held, four of them leave: two minibatches of six, whatever there is so far."""
+    sizes, asked = [], []
+    real, update = PROPS.behaviour_step, PROPS._update_behaviour
+    monkeypatch.setattr(
+        PROPS, "behaviour_step", lambda self, rows: sizes[-1].append(len(rows["chain"])) or real(self, rows)
+    )
+    monkeypatch.setattr(
+        PROPS, "_update_behaviour", lambda self, batch: sizes.append([]) or update(self, batch)
+    )
+    options = {"behaviour_steps": 4, "behaviour_minibatches": 2, "behaviour_epochs": 1, "batch_size": 4}
+    algo = tabular(3, 4, 0, rollout_steps=16, behaviour_target_kl=0.0, **options)
+    for index in range(2):
+        rows = collect(algo, 16, index)
+        asked.append(len(sizes))
+        algo.update(stack(rows))
+    assert asked == [3, 7]
+    assert sizes == [[4], [6], [6, 6], *[[6, 6]] * 4]
+
+
 def test_advantages_cross_neither_episode_ends_nor_seams(lab):
     """Two rollouts in one update have the advantages of each on its own, and the old one the current values."""
     algo = lab.make("props", buffer_batches=2, rollout_steps=6, batch_size=8, behaviour_epochs=0, lr=1e-9)
