@@ -45,8 +45,9 @@ def test_zero_advantages_change_nothing():
 # -- one iteration ------------------------------------------------------------------------------------------------
 
 
-def test_advantages_are_gae_on_fresh_rows_and_own_actions_on_recorded_ones(monkeypatch):
-    algo, seen = make(gae_lambda=0.5), {}
+@pytest.mark.parametrize("normalised", [False, True])
+def test_advantages_are_gae_on_fresh_rows_and_own_actions_on_recorded_ones(monkeypatch, normalised):
+    algo, seen = make(gae_lambda=0.5, normalise_advantage=normalised), {}
     data = recorded_data()
     algo.attach(data)
     batch = rollout(algo)
@@ -68,14 +69,16 @@ def test_advantages_are_gae_on_fresh_rows_and_own_actions_on_recorded_ones(monke
         delta = batch.reward[h] + (v[h + 1] if h < H - 1 else 0) - v[h]
         running = delta + 0.5 * running
         expected[h] = running
-    assert torch.allclose(seen["advantage"][:, :4], expected, atol=1e-5)
     assert torch.equal(seen["states"][:, :4], batch.obs["state"])
     assert torch.equal(seen["chain"][:, :4], batch.chain[:, :, 0, 0])
     # Recorded states in their own step; actions are drawn anew, A = Q - V of the refitted critic.
     states, known = seen["states"][:, 4:], data.obs["state"].view(6, H + 1, D)
     assert all((known[:, h] == row).all(1).any() for h in range(H) for row in states[h])
     q = algo.critic(states, seen["chain"][:, 4:].clamp(-1, 1))
-    assert torch.allclose(seen["advantage"][:, 4:], q - values[1], atol=1e-5)
+    expected = torch.cat([expected, q - values[1]], 1)
+    if normalised:  # of each policy on its own
+        expected = torch.stack([(row - row.mean()) / row.std() for row in expected])
+    assert torch.allclose(seen["advantage"], expected, atol=1e-5)
     assert all(torch.isfinite(item) and item.shape == () for item in metrics.values())
     assert {"loss/critic_recorded", "policy/kl", "policy/accepted"} <= metrics.keys()
 

@@ -128,12 +128,15 @@ def test_a_step_follows_the_loss_of_the_paper(lab, limit):
     assert torch.allclose(algo._behaviour_flat.grad, expected, rtol=1e-3, atol=1e-5 * expected.norm().item())
 
 
-def test_ros_lowers_the_log_probability_of_what_was_taken(lab):
+def test_ros_takes_one_step_that_lowers_the_mean_log_probability_of_what_was_taken(lab):
     algo, batch, data = gaussian_data(lab, sampling="ros", behaviour_lr=0.01)
     algo.behaviour([])
-    before = algo.behaviour_policy.log_prob(batch.map(lambda x: x.flatten(0, 1)).obs, data["chain"]).mean()
+    obs = {"state": data["obs/state"]}
+    before = algo.behaviour_policy.log_prob(obs, data["chain"]).mean()
+    expected = algo._behaviour_flat.data - 0.01 * gradient(algo, before)
     algo._update_behaviour(batch)
-    after = algo.behaviour_policy.log_prob(batch.map(lambda x: x.flatten(0, 1)).obs, data["chain"]).mean()
+    after = algo.behaviour_policy.log_prob(obs, data["chain"]).mean()
+    assert torch.allclose(algo._behaviour_flat.data, expected, atol=1e-7)
     assert torch.allclose(before, data["log_prob"].mean())
     assert after < before
 
@@ -308,10 +311,10 @@ def test_minibatches_have_the_size_of_a_full_window_as_soon_as_they_can(monkeypa
     )
     options = {"behaviour_steps": 4, "behaviour_minibatches": 2, "behaviour_epochs": 1, "batch_size": 4}
     algo = tabular(3, 4, 0, rollout_steps=16, behaviour_target_kl=0.0, **options)
-    for index in range(2):
-        rows = collect(algo, 16, index)
+    for taken in (4 / 3, 2):
+        rows = collect(algo, 16, 0)
         asked.append(len(sizes))
-        algo.update(stack(rows))
+        assert algo.update(stack(rows))["policy/behaviour_steps"].item() == pytest.approx(taken)
     assert asked == [3, 7]
     assert sizes == [[4], [6], [6, 6], *[[6, 6]] * 4]
 
@@ -333,6 +336,16 @@ def test_advantages_cross_neither_episode_ends_nor_seams(lab):
         done = batch.terminated | batch.truncated
         alone, _ = gae(batch.reward, batch.discount, done, value, after, 0.99 * 0.95)
         assert torch.allclose(advantage[6 * index : 6 * index + 6], alone, atol=1e-5)
+
+
+def test_the_logged_sampling_error_is_that_of_all_rollouts_held(lab):
+    algo = lab.make("props", buffer_batches=2, behaviour_epochs=0, sampling_error=True)
+    batches = [lab.make_rollout(algo, seed=seed) for seed in range(3)]
+    for index, batch in enumerate(batches):
+        held = batches[max(0, index - 1) : index + 1]
+        obs = {"state": torch.cat([part.obs["state"].flatten(0, 1) for part in held])}
+        expected = sampling_error(algo.policy, obs, torch.cat([part.chain.flatten(0, 1) for part in held]))
+        assert algo.update(batch)["policy/sampling_error"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_old_samples_start_the_update_at_ratio_one(lab):
