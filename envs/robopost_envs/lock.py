@@ -19,7 +19,7 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from robopost.config import EnvConfig
-from robopost.errors import ConfigError, EnvError
+from robopost.errors import ConfigError, EnvError, unknown
 from robopost.registry import ENVS
 
 from .batching import check_actions, per_env_seeds
@@ -68,6 +68,9 @@ class LockConfig(EnvConfig):
             raise ConfigError(
                 f"env.noise={self.noise} must be 0 or more and env.consolation={self.consolation} finite"
             )
+        for key in self.obs_keys:
+            if key != "state":
+                raise unknown("env.obs_keys entry", key, ["state"])
         if self.max_steps not in (0, self.horizon):
             raise ConfigError(
                 f"env.max_steps={self.max_steps}: an episode of the lock has env.horizon={self.horizon} steps. "

@@ -83,6 +83,13 @@ def test_advantages_are_gae_on_fresh_rows_and_own_actions_on_recorded_ones(monke
     assert {"loss/critic_recorded", "policy/kl", "policy/accepted"} <= metrics.keys()
 
 
+@pytest.mark.parametrize(("wanted", "fresh", "drawn"), [(0, 4, 4), (0, 9, 6), (11, 4, 11)])
+def test_as_many_recorded_rows_as_fresh_ones_unless_said_otherwise(wanted, fresh, drawn):
+    algo = make(offline_batch=wanted)
+    algo.attach(recorded_data(episodes=6))
+    assert {tensor.shape[:2] for tensor in algo._draw(fresh).values()} == {(H, drawn)}
+
+
 def test_stationary_returns_bootstrap_where_an_episode_was_cut(monkeypatch):
     algo = stationary("trpo", critic_sweeps=2, critic_batch_size=5)
     batch = rollout(algo, length=6)

@@ -160,6 +160,8 @@ def test_bad_input_is_named():
         LockConfig(max_steps=7)
     with pytest.raises(ConfigError, match=r"env.switch=1.5 must lie in 0..1"):
         LockConfig(switch=1.5)
+    with pytest.raises(ConfigError, match=r"unknown env.obs_keys entry 'image'. Available: state"):
+        LockConfig(obs_keys=["image"])
     with pytest.raises(ConfigError, match=r"nothing to show"):
         LockVectorEnv(LockConfig(), 1, render="rgb_array")
     env = LockVectorEnv(LockConfig(), 2)
