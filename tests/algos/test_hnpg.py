@@ -90,14 +90,15 @@ def test_as_many_recorded_rows_as_fresh_ones_unless_said_otherwise(wanted, fresh
     assert {tensor.shape[:2] for tensor in algo._draw(fresh).values()} == {(H, drawn)}
 
 
-def test_stationary_returns_bootstrap_where_an_episode_was_cut(monkeypatch):
+def test_stationary_returns_and_advantages_bootstrap_where_an_episode_was_cut(monkeypatch):
     algo = stationary("trpo", critic_sweeps=2, critic_batch_size=5)
     batch = rollout(algo, length=6)
     cut = torch.zeros(6, 4, dtype=torch.bool)
     cut[2] = True
     batch = replace(batch, terminated=torch.zeros_like(cut), truncated=cut, discount=torch.full((6, 4), 0.9))
-    targets, values = [], []
-    real, value = algo._fit_head, algo._value
+    targets, values, found = [], [], []
+    real, value, step = algo._fit_head, algo._value, algo.policy_step
+    monkeypatch.setattr(algo, "policy_step", lambda s, c, a: found.append(a) or step(s, c, a))
     monkeypatch.setattr(algo, "_value", lambda obs: values.append(value(obs)) or values[-1])
     monkeypatch.setattr(algo, "_fit_head", lambda h, x, y, n: targets.append(y) or real(h, x, y, n))
     algo.update(batch)
@@ -108,6 +109,29 @@ def test_stationary_returns_bootstrap_where_an_episode_was_cut(monkeypatch):
         expected[t] = running
     assert torch.allclose(targets[0], expected.view(-1, 1), atol=1e-5)
     assert len(targets) == 2
+    _, v, after = values  # of the refitted critic
+    running = torch.zeros(4)
+    for t in reversed(range(6)):
+        ends = t in (2, 5)
+        delta = batch.reward[t] + 0.9 * (after[t] if ends else v[t + 1]) - v[t]
+        running = delta + (0 if ends else 0.9 * 0.97) * running
+        expected[t] = running
+    assert torch.allclose(found[0], expected.view(1, -1), atol=1e-5)
+
+
+def test_minibatches_hold_fresh_and_recorded_rows_in_halves(monkeypatch):
+    algo = stationary(critic_batch_size=5, critic_steps=40, rollout_steps=3)
+    algo.attach(recorded_data(spec=OPEN))
+    seen = {}
+    real = algo._regression.fit
+    monkeypatch.setattr(algo._regression, "fit", lambda *a, **k: seen.update(k, rows=a) or real(*a, **k))
+    algo.update(rollout(algo, episodes=4))
+    _, x, target, weight = seen["rows"]
+    assert len(x) == len(target) == 12 + 12
+    assert seen["pick"].shape == (40, 10)
+    assert set(seen["pick"][:, :5].flatten().tolist()) == set(range(12))
+    assert set(seen["pick"][:, 5:].flatten().tolist()) == set(range(12, 24))
+    assert weight.flatten().tolist() == pytest.approx([0.2] * 10)
 
 
 def test_stationary_recorded_targets_follow_the_newest_critic(monkeypatch):
@@ -148,8 +172,9 @@ def test_a_large_relu_policy_takes_the_step_of_one_without_fused_kernels():
             steps.append(algo._rows.data - before)
     finally:
         fused.force(None)
-    assert steps[0].norm() > 1e-2
-    assert torch.allclose(*steps, atol=1e-3 * steps[1].abs().max().item())
+    # Rounding turns a ReLU here and there.
+    assert (steps[0] - steps[1]).norm() < 0.05 * steps[1].norm()
+    assert steps[1].norm() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["stepwise", "stationary"])
@@ -329,6 +354,16 @@ def test_rollouts_and_data_that_do_not_fit_are_refused_before_anything_changes()
         algo.update(replace(rollout(algo), chain=None))
     assert torch.equal(algo._rows.data, before)
     assert algo.updates == 0
+
+
+def test_heads_of_a_squashed_gaussian_execute_its_tanh():
+    policy = Gaussian(GaussianConfig(hidden=[8]), OPEN)
+    algo = make("trpo", OPEN, policy, gamma=0.9, rollout_steps=6)
+    chain, obs = 3 * torch.randn(1, 5, A), {"state": torch.randn(1, 5, D)}
+    assert torch.equal(algo._heads.executed(chain), chain.tanh())
+    mean, log_std = policy.distribution({"state": obs["state"][0]})
+    entropy = torch.distributions.Normal(mean, log_std.exp()).entropy().sum((1, 2)).mean()
+    assert torch.allclose(algo._heads.entropy(obs), entropy)
 
 
 def test_unbounded_actions_are_not_clipped():
