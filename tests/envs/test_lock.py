@@ -60,6 +60,26 @@ def test_failures_are_paid_at_the_last_step_alone():
     assert (rewards[-1][~paid] == 0).all()
 
 
+def test_every_probability_and_payment_is_a_setting():
+    config = LockConfig(horizon=2, temperature=1.0, switch=0.9, consolation=0.3, consolation_rate=0.2)
+    env, expert = LockVectorEnv(config, 4000), LockExpert(config, 4000)
+    obs, _ = env.reset(seed=0)
+    start = env.latent.copy()
+    obs, *_ = env.step(expert.act({"state": obs}))
+    alive = env.latent != 2
+    assert abs(alive.mean() - np.e / (np.e + 9)) < 0.03  # softmax of a one-hot action
+    assert abs((env.latent != start)[alive].mean() - 0.9) < 0.04
+    before = env.latent.copy()
+    _, reward, _, _, info = env.step(expert.act({"state": obs}))
+    success = info["success"]
+    assert abs(success[alive].mean() - np.e / (np.e + 9)) < 0.05
+    assert abs((reward[~success] == 0.3).mean() - 0.2) < 0.03
+    assert set(reward[~success].tolist()) == {0.0, 0.3}
+    latent = (info["final_obs"] @ hadamard(observation_dim(2)))[:, :LATENTS].argmax(1)
+    assert (latent[success] == before[success]).all()  # the last right action switches nothing
+    assert (latent[~success] == 2).all()
+
+
 def test_a_wrong_action_is_for_good():
     config = LockConfig(horizon=4, actions=3)
     env = LockVectorEnv(config, 8)
@@ -111,6 +131,9 @@ def test_an_episode_depends_on_its_own_seed_alone():
     for action in actions:
         a, b = many.step(action), one.step(action[2:3])
         assert all(np.array_equal(x[2:3], y) for x, y in zip(a[:4], b[:4], strict=True))
+    later, _ = many.reset()  # without a seed the streams go on
+    assert not np.isclose(later, first).all(1).any()
+    assert np.array_equal(later[2:3], one.reset()[0])
 
 
 def test_saved_state_goes_on_bitwise():
