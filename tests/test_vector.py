@@ -39,6 +39,26 @@ def vec(*limits, history=1, mode=AutoresetMode.SAME_STEP, **kwargs):
     return VecEnv(SyncVectorEnv(makers, autoreset_mode=mode), history=history)
 
 
+class Chooser(gym.Env):
+    """Discrete actions 5, 6 and 7; the reward is the action."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,))
+    action_space = gym.spaces.Discrete(3, start=5)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), float(action), False, False, {}
+
+
+def test_discrete_actions_are_rounded_indices_from_the_first_one():
+    env = VecEnv(SyncVectorEnv([Chooser] * 4, autoreset_mode=AutoresetMode.SAME_STEP))
+    assert (env.spec.choices, env.spec.action_low, env.spec.action_high) == (3, (0.0,), (2.0,))
+    env.reset(0)
+    assert env.step(np.array([[0.2], [0.9], [1.6], [2.0]])).reward.tolist() == [5, 6, 7, 7]
+
+
 @pytest.mark.parametrize("dictionary", [False, True])
 def test_next_obs_is_the_true_final_observation(dictionary):
     env = vec(2, 3, dictionary=dictionary)

@@ -180,6 +180,18 @@ def test_unbounded_actions_have_no_random_policy(tmp_path, monkeypatch):
         collect(config(tmp_path / "r.zarr", policy="random"))
 
 
+def test_random_choices_are_uniform_and_have_no_noise(tmp_path):
+    words = ["env=CartPole-v1", "policy=random", "episodes=20", "num_envs=4", f"out={tmp_path / 'c.zarr'}"]
+    collect(compose(words, "collect"))
+    with EpisodeStore.open(tmp_path / "c.zarr") as store:
+        actions = np.concatenate([episode.action for episode in store])
+        assert store.spec.choices == 2
+    assert set(actions.ravel().tolist()) == {0.0, 1.0}
+    assert abs(actions.mean() - 0.5) < 0.1
+    with pytest.raises(ConfigError, match=r"noise=0.1 needs continuous actions, here are 2 discrete ones"):
+        collect(compose([*words[:-1], "noise=0.1", f"out={tmp_path / 'n.zarr'}"], "collect"))
+
+
 def setattr_unbounded(env):
     env.single_action_space = spaces.Box(-np.inf, np.inf, (1,), np.float32)
 
