@@ -70,6 +70,8 @@ def test_beta_zero_looks_at_actions_alone(lab):
     nearest = (action[:, None] - dataset.action).square().mean(-1).amin(1)
     assert loss.item() == pytest.approx(nearest.mean().item(), rel=1e-5)
     assert metrics["loss/constraint"].item() == pytest.approx(nearest.mean().item(), rel=1e-5)
+    # There are no lists without a state to list by.
+    assert (metrics["neighbours/certified"], metrics["neighbours/fallback"]) == (0, 1)
 
 
 @pytest.mark.parametrize(("k", "kth"), [(1, False), (3, False), (3, True)])
@@ -90,6 +92,7 @@ def test_the_target_is_the_nearest_pair_of_the_whole_dataset(lab, monkeypatch, k
     own = own == batch.extra["step"][:, None]
     assert 0 < own.float().mean() < 1, "the dataset tells the cases apart"
     assert metrics["neighbours/own"].item() == pytest.approx(own.float().mean().item())
+    assert (metrics["neighbours/certified"], metrics["neighbours/fallback"]) == (1, 0)
     assert metrics["neighbours/distance"].item() == pytest.approx(distance[:, k - 1].mean().item(), rel=1e-5)
 
 
