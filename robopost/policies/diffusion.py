@@ -53,10 +53,14 @@ class Sampler(nn.Module):
 
     Attributes:
         levels: (K,) int64 noise level each step starts from, the noisiest first.
-        clean, current, noise, std: (K,) coefficients.
+        signal, spread: (K, 1, 1) weights of the clean chunk and of noise at that level.
+        clean, current, noise: (K, 1, 1) coefficients.
+        std: (K,) coefficient.
     """
 
     levels: Tensor
+    signal: Tensor
+    spread: Tensor
     clean: Tensor
     current: Tensor
     noise: Tensor
@@ -77,14 +81,12 @@ class Sampler(nn.Module):
             variance = eta**2 * variance
             clean, current = alpha_before.sqrt(), torch.zeros_like(alpha)
             noise = (1 - alpha_before - variance).clamp_min(0).sqrt()
-        for name, value in (
-            ("levels", levels.clone()),
-            ("clean", clean.float()),
-            ("current", current.float()),
-            ("noise", noise.float()),
-            ("std", variance.sqrt().float()),
-        ):
-            self.register_buffer(name, value, persistent=False)
+        columns = {"signal": alpha.sqrt(), "spread": (1 - alpha).sqrt()}
+        columns |= {"clean": clean, "current": current, "noise": noise}
+        for name, value in columns.items():  # against (B, n, H, A)
+            self.register_buffer(name, value.float()[:, None, None], persistent=False)
+        self.register_buffer("levels", levels.clone(), persistent=False)
+        self.register_buffer("std", variance.sqrt().float(), persistent=False)
         self.stochastic = bool((variance > 0).any())
 
 
@@ -134,11 +136,9 @@ class Diffusion(ChainPolicy):
         """See `ChainPolicy.means`; `sampler` None = the configured one."""
         of = self.sampler if sampler is None else sampler
         steps = slice(first, first + x.shape[1])
-        level = of.levels[steps]
-        out = denoise_steps(self.net if net is None else net, x, cond, level / self.config.train_steps)
-        column = lambda value: value[:, None, None]  # noqa: E731 - (n,) against (B, n, H, A)
-        alpha = column(self.alphas[level])
-        signal, spread = alpha.sqrt(), (1 - alpha).sqrt()
+        time = of.levels[steps] / self.config.train_steps
+        out = denoise_steps(self.net if net is None else net, x, cond, time)
+        signal, spread = of.signal[steps], of.spread[steps]
         if self.config.prediction == "sample":
             clean, noise = out, (x - signal * out) / spread
         elif self.config.prediction == "epsilon":
@@ -146,9 +146,7 @@ class Diffusion(ChainPolicy):
         else:
             clean, noise = signal * x - spread * out, signal * out + spread * x
         clean = clean.clamp(-self.clip, self.clip)
-        return (
-            column(of.clean[steps]) * clean + column(of.current[steps]) * x + column(of.noise[steps]) * noise
-        )
+        return of.clean[steps] * clean + of.current[steps] * x + of.noise[steps] * noise
 
     def sample(
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
