@@ -60,6 +60,11 @@ class NoisyChainPPO(ChunkPPO):
         return range(self.policy.frozen_steps, self.policy.num_steps)
 
     @property
+    def rows_per_decision(self) -> int:
+        """One for every fine-tuned step."""
+        return len(self.tuned)
+
+    @property
     def chain_options(self) -> dict[str, Any]:
         """What `ChainPolicy.means` needs besides chunks and observations."""
         return {}
