@@ -48,6 +48,8 @@ def run_onpolicy(run: Run) -> None:
                 f"divide a rollout of algo.rollout_steps={steps} x env.num_envs={env.num_envs}. "
                 f"Fix: a divisor of {steps * env.num_envs}"
             )
+        if algo.policy.wraps_env:
+            env = algo.policy.wrap_env(env)
         state = run.prepare(algo)
         if state is not None and state.get("dataset", source) != source:
             raise CheckpointError(

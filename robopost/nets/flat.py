@@ -84,6 +84,14 @@ class Flat:
             self.data.lerp_(source.data, weight)
 
 
+def backward(loss: Tensor, *flats: Flat) -> None:
+    """`Flat.backward` of one loss for several networks, in a single pass through its graph."""
+    grads = torch.autograd.grad(loss, [p for flat in flats for p in flat.params], allow_unused=True)
+    for flat in flats:
+        mine, grads = grads[: len(flat.params)], grads[len(flat.params) :]
+        torch.cat(flattened(flat.params, mine), out=flat.grad)
+
+
 def flattened(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[Tensor]:
     """Gradients as vectors, zeros for parameters without one."""
     return [

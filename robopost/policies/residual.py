@@ -21,12 +21,13 @@ from robopost.data.dataset import Dataset
 from robopost.errors import CheckpointError, ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.mlp import MLP
-from robopost.policies.base import EPISODE_STEP, Policy, build_policy
+from robopost.policies.base import EPISODE_STEP, Action, Policy, build_policy
 from robopost.policies.chunked import StepPolicy
 from robopost.registry import POLICIES
 from robopost.vector import Arrays, Step, VecEnv, to_torch
 
 BASE_ACTION = "base_action"
+FEATURES = "features"  # under which `encode` gives the encoded observation
 LABEL_BATCH = 4096  # frames of demonstrations the base policy answers at once
 
 
@@ -41,6 +42,7 @@ class ResidualConfig(EncodedConfig):
     base_spec: dict[str, Any] = field(default_factory=dict)
     scale: float = 0.2  # kappa: largest correction, as a fraction of half the action range
     hidden: list[int] = field(default_factory=lambda: [256, 256])
+    layernorm: bool = False  # before each activation of the correction's network
     warmup_noise: float = 0.2  # uniform noise on the base action during warm-up, same unit as scale
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class ResidualPolicy(Policy):
             raise ConfigError(
                 "policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>"
             )
-        _check_fits(base.spec, _without_base(spec))
+        _check_fits(base, _without_base(spec))
         shape = ((spec.action_dim,), "float32")
         super().__init__(
             replace(config, history=base.history), replace(spec, obs=spec.obs | {BASE_ACTION: shape})
@@ -91,7 +93,12 @@ class ResidualPolicy(Policy):
         self._copy_normaliser(base)
         keys = [key for key in self.obs_keys if key != BASE_ACTION]
         self.encoder = ObsEncoder(base.spec, keys, base.history, config)
-        self.net = MLP(self.encoder.out_dim + spec.action_dim, config.hidden, spec.action_dim)
+        self.net = MLP(
+            self.encoder.out_dim + spec.action_dim,
+            config.hidden,
+            spec.action_dim,
+            layernorm=config.layernorm,
+        )
         last = [module for module in self.net.modules() if isinstance(module, nn.Linear)][-1]
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
@@ -100,10 +107,7 @@ class ResidualPolicy(Policy):
     def _copy_normaliser(self, base: Policy) -> None:
         """Observations as the base sees them; actions where it maps a range to [-1, 1], else the spec's bounds."""
         source, target = base.normaliser.state_dict(), self.normaliser.state_dict()
-        provenance = dict(base.normaliser.provenance)
-        ranged = (provenance.get("action") == "minmax") or (
-            provenance.get("action") == "bounds" and base.spec.bounded
-        )
+        provenance, ranged = dict(base.normaliser.provenance), _is_ranged(base)
         wanted = [key for key in source if key.startswith("obs_") and key in target]
         wanted += ["action_shift", "action_scale"] if ranged else []
         for key in wanted:
@@ -113,23 +117,53 @@ class ResidualPolicy(Policy):
         target[f"obs_scale_{BASE_ACTION}"].copy_(target["action_scale"])
         self.normaliser.provenance = provenance | ({} if ranged else {"action": "bounds"})
 
+    def encode(self, obs: Obs, augment: torch.Generator | None = None) -> Obs:
+        """Normalised observations to what the correction reads: `features` (B, D) and `base_action` (B, A).
+
+        Critics that read the same share the encoder with it. `augment` shifts images at random.
+        """
+        return {FEATURES: self.encoder(obs, augment), BASE_ACTION: _newest(obs[BASE_ACTION])}
+
+    def correction(self, encoded: Obs, net: MLP | None = None) -> Tensor:
+        """Correction (B, A) in [-scale, scale], normalised units; `net` replaces the network, e.g. by its target."""
+        inputs = torch.cat([encoded[FEATURES], encoded[BASE_ACTION]], dim=-1)
+        return self.config.scale * torch.tanh((self.net if net is None else net)(inputs))
+
+    def draw(
+        self, encoded: Obs, generator: torch.Generator | None, deterministic: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What is added to the base action (B, A), with `log_prob` and `chain` as `sample` gives them."""
+        return self.correction(encoded), None, None
+
     def sample(
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Corrected action (B, 1, A), normalised; the correction is deterministic."""
-        base = obs[BASE_ACTION]
-        if base.dim() == 3:  # a history of base actions: the newest is the one to correct
-            base = base[:, -1]
-        features = torch.cat([self.encoder(obs), base], dim=-1)
-        correction = self.config.scale * torch.tanh(self.net(features))
-        return (base + correction).clamp(-1.0, 1.0)[:, None], None, None
+        encoded = self.encode(obs)
+        change, log_prob, chain = self.draw(encoded, generator, deterministic)
+        return (encoded[BASE_ACTION] + change).clamp(-1.0, 1.0)[:, None], log_prob, chain
+
+    def executed(self, obs: Obs, change: Tensor) -> Tensor:
+        """The base action in raw observations, changed by `change` (B, A) in normalised units: environment units.
+
+        It is `sample`'s action, but for rounding: where `change` is 0 it is the base action to the bit.
+        """
+        base, normaliser = _newest(obs[BASE_ACTION]), self.normaliser
+        start = normaliser.action(base)
+        change = change.maximum((-1 - start).clamp_max(0)).minimum((1 - start).clamp_min(0))
+        raw = base + change * normaliser.action_scale
+        return raw.maximum(normaliser.action_low).minimum(normaliser.action_high)
 
     @torch.no_grad()
-    def act(self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False) -> Any:
+    def act(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> Action:
         """See `Policy.act`; queries the base policy where observations don't carry its action."""
         if BASE_ACTION not in obs:
             obs = obs | {BASE_ACTION: self._with_history(self.base_action(obs, generator=generator))}
-        return super().act(obs, generator=generator, deterministic=deterministic)
+        encoded = self.encode(self.normaliser.obs(obs))
+        change, log_prob, chain = self.draw(encoded, generator, deterministic)
+        return Action(self.executed(obs, change)[:, None], log_prob, chain)
 
     def base_action(
         self, obs: Obs, *, generator: torch.Generator | None = None, only: Tensor | None = None
@@ -147,11 +181,9 @@ class ResidualPolicy(Policy):
 
     def random_action(self, obs: Obs, generator: torch.Generator) -> Tensor:
         """Base action plus uniform noise: warm-up data stays near the base policy."""
-        base = obs[BASE_ACTION][:, -1] if obs[BASE_ACTION].dim() == 3 else obs[BASE_ACTION]
+        base = _newest(obs[BASE_ACTION])
         noise = torch.rand(base.shape, generator=generator, device=base.device) * 2 - 1
-        return self.normaliser.unnormalise_action(
-            self.normaliser.action(base) + self.config.warmup_noise * noise
-        )
+        return self.executed(obs, self.config.warmup_noise * noise)
 
     def wrap_env(self, env: VecEnv) -> VecEnv:
         """Add `base_action` to the observations of `env`."""
@@ -172,7 +204,7 @@ class ResidualPolicy(Policy):
         back = torch.arange(1 - self.history, 1, device=first.device)
         for part in queries.split(LABEL_BATCH):
             past = torch.maximum(part[:, None] + back, first[part][:, None])
-            obs = {key: demos.obs[key][past if self.history > 1 else part] for key in self.base.spec.obs}
+            obs = {key: demos.obs[key][past if self.history > 1 else part] for key in self.base.obs_keys}
             if self.base.reads_step:
                 obs[EPISODE_STEP] = part - first[part]
             chunk = self.base.act(
@@ -249,21 +281,65 @@ class BaseActionEnv(VecEnv):
         return obs | {BASE_ACTION: base.copy()}
 
 
-def _without_base(spec: Spec) -> Spec:
-    return replace(spec, obs={key: value for key, value in spec.obs.items() if key != BASE_ACTION})
+def _newest(action: Tensor) -> Tensor:
+    """Of a history of base actions (B, h, A) the one to correct."""
+    return action[:, -1] if action.dim() == 3 else action
 
 
-def _check_fits(base: Spec, env: Spec) -> None:
-    for key, (shape, _) in base.obs.items():
+def _is_ranged(base: Policy) -> bool:
+    """True where the base's normaliser maps a range of actions to [-1, 1]."""
+    mode = base.normaliser.provenance.get("action")
+    return mode == "minmax" or (mode == "bounds" and base.spec.bounded)
+
+
+def _check_fits(base: Policy, env: Spec) -> None:
+    """Raise ConfigError where `base` can't act in an environment of `env`."""
+    for key in base.obs_keys:
+        wanted = base.spec.obs[key]
         if key not in env.obs:
             raise ConfigError(
                 f"the base policy reads observation {key!r}; the environment offers {', '.join(env.obs)}"
             )
-        if tuple(env.obs[key][0]) != tuple(shape):
+        if tuple(env.obs[key][0]) != tuple(wanted[0]):
             raise ConfigError(
-                f"observation {key!r}: the base policy expects {tuple(shape)}, got {env.obs[key][0]}"
+                f"observation {key!r}: the base policy expects {tuple(wanted[0])}, got {env.obs[key][0]}"
             )
-    if base.action_dim != env.action_dim:
+        if env.obs[key][1] != wanted[1]:
+            raise ConfigError(
+                f"observation {key!r}: the base policy expects {wanted[1]}, got {env.obs[key][1]}"
+            )
+    if base.spec.action_dim != env.action_dim:
         raise ConfigError(
-            f"the base policy has {base.action_dim} action dimensions, the environment {env.action_dim}"
+            f"the base policy has {base.spec.action_dim} action dimensions, the environment {env.action_dim}"
         )
+    if 0 < env.max_steps < base.execute:
+        raise ConfigError(
+            f"the base policy executes chunks of {base.execute} steps, episodes here end after {env.max_steps}: "
+            "it was made for another task. Fix: policy.base=<run>, or a larger env.max_steps"
+        )
+    _check_normaliser(base, env)
+
+
+def _check_normaliser(base: Policy, env: Spec) -> None:
+    for name, value in base.normaliser.state_dict().items():
+        if name in ("action_low", "action_high"):
+            continue
+        if not torch.isfinite(value).all() or ("scale" in name and not (value > 0).all()):
+            raise ConfigError(
+                f"the base policy's normaliser has {name} with values that are not finite or not above 0. "
+                "Fix: clone it again from data that `robopost data verify` accepts"
+            )
+    if not _is_ranged(base):
+        return
+    shift, scale = base.normaliser.action_shift, base.normaliser.action_scale
+    for i, (low, high) in enumerate(zip(env.action_low, env.action_high, strict=True)):
+        first, last = float(shift[i] - scale[i]), float(shift[i] + scale[i])
+        if first >= high or last <= low:
+            raise ConfigError(
+                f"action {i} of the base policy lies in [{first:g}, {last:g}], the environment allows "
+                f"[{low:g}, {high:g}]: they don't overlap. Fix: a base policy cloned in these units"
+            )
+
+
+def _without_base(spec: Spec) -> Spec:
+    return replace(spec, obs={key: value for key, value in spec.obs.items() if key != BASE_ACTION})

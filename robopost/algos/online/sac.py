@@ -20,6 +20,7 @@ from robopost.algos.online.td3 import (
     check_offpolicy,
     check_step_policy,
     critic_loss,
+    offpolicy_needs,
     random_subset,
     td_target,
 )
@@ -140,15 +141,7 @@ class SAC(Algorithm):
     @property
     def needs(self) -> Needs:
         """Transitions from the replay buffer, and from demonstrations where `demo_fraction` asks."""
-        cfg = self.config
-        return Needs(
-            batch_size=cfg.batch_size,
-            n_step=cfg.n_step,
-            gamma=cfg.gamma,
-            updates_per_step=cfg.updates_per_step,
-            warmup_steps=cfg.warmup_steps,
-            demo_fraction=cfg.demo_fraction,
-        )
+        return offpolicy_needs(self.config)
 
     def update(self, batch: Batch) -> Metrics:
         """One update of the critics and their targets; at every `policy_delay`-th call those of the actor."""

@@ -105,6 +105,18 @@ def check_offpolicy(config: Any) -> None:
         raise ConfigError(f"algo.demo_fraction={config.demo_fraction} must lie in [0, 1]")
 
 
+def offpolicy_needs(config: Any) -> Needs:
+    """`Algorithm.needs` of an off-policy algorithm."""
+    return Needs(
+        batch_size=config.batch_size,
+        n_step=config.n_step,
+        gamma=config.gamma,
+        updates_per_step=config.updates_per_step,
+        warmup_steps=config.warmup_steps,
+        demo_fraction=config.demo_fraction,
+    )
+
+
 def check_step_policy(policy: Policy, algo: str) -> None:
     """Require a policy whose single actions fill [-1, 1] in normalised units.
 
@@ -190,15 +202,7 @@ class TD3(Algorithm):
     @property
     def needs(self) -> Needs:
         """Transitions from the replay buffer, and from demonstrations where `demo_fraction` asks."""
-        cfg = self.config
-        return Needs(
-            batch_size=cfg.batch_size,
-            n_step=cfg.n_step,
-            gamma=cfg.gamma,
-            updates_per_step=cfg.updates_per_step,
-            warmup_steps=cfg.warmup_steps,
-            demo_fraction=cfg.demo_fraction,
-        )
+        return offpolicy_needs(self.config)
 
     def update(self, batch: Batch) -> Metrics:
         """One critic update; every `policy_delay`-th call also one of the actor and the targets."""
