@@ -31,6 +31,7 @@ class Needs:
         n_step, gamma: how the sampler forms reward and discount.
         updates_per_step: updates per environment step (UTD); off-policy only.
         warmup_steps: environment steps of random actions before the first update; off-policy only.
+        first_updates: updates at once after the warm-up, beside those of `updates_per_step`; off-policy only.
         rollout_steps: steps per environment in one rollout, executed chunks where `chunks`; on-policy only.
         refresh_steps: environment steps (all copies together) after which `behaviour` is asked again who collects; a
             divisor of a rollout's steps, 0 = the policy itself always does; on-policy only.
@@ -45,6 +46,7 @@ class Needs:
     gamma: float = 0.99
     updates_per_step: float = 1.0
     warmup_steps: int = 0
+    first_updates: int = 0
     rollout_steps: int = 0
     refresh_steps: int = 0
     demo_fraction: float = 0.0

@@ -119,7 +119,8 @@ def interact(
         now = run.step + env.num_envs
         began = time.perf_counter()
         if now - started > needs.warmup_steps:
-            due += needs.updates_per_step * env.num_envs
+            first = run.step - started <= needs.warmup_steps
+            due += needs.updates_per_step * env.num_envs + (needs.first_updates if first else 0)
             while due >= 1.0:
                 batch = sampler.sample(
                     needs.batch_size,

@@ -104,13 +104,17 @@ class QEnsemble(nn.Module):
         parts = [self.net(block.flatten(0, 1)).unflatten(1, block.shape[:2]) for block in rows.split(size)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).squeeze(-1)
 
-    def frozen(self, obs: Obs, action: Tensor, members: int | None = None) -> Tensor:
+    def frozen(self, obs: Obs, action: Tensor, members: int | Tensor | None = None) -> Tensor:
         """As `forward` for the first `members` networks, with a gradient to the inputs alone: (members, B).
 
-        A policy gradient needs no gradient of the critic's weights, which would be a third of the work.
+        A policy gradient needs no gradient of the critic's weights, which would be a third of the work. A tensor (M,)
+        names the members: a minimum over two of ten needs no others.
         """
         x = torch.cat([self.join(obs), action], -1)
-        weights = {key: value[:members].detach() for key, value in self.net.named_parameters()}
+        pick = (
+            (lambda w: w.index_select(0, members)) if isinstance(members, Tensor) else (lambda w: w[:members])
+        )
+        weights = {key: pick(value.detach()) for key, value in self.net.named_parameters()}
         if fused.usable(self.net, x):
             return fused.mlp(self.net, x, list(weights.values())).squeeze(-1)
         return torch.func.functional_call(self.net, weights, (x,)).squeeze(-1)

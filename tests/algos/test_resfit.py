@@ -112,12 +112,12 @@ def test_n_step_target_ends_with_the_episode_and_bootstraps_a_time_limit(termina
         buffer.add(now, np.zeros((1, 1), np.float32), np.array([reward], np.float32), after, *ends)
     batch = buffer.transitions_at(torch.arange(3), n_step=3, gamma=gamma)
     next_q = torch.stack([torch.full((3,), 5.0), torch.full((3,), 7.0), torch.full((3,), 2.0)])
-    target = residual_target(batch.reward, batch.discount, next_q, torch.tensor([0, 1]), [])
+    target = residual_target(batch.reward, batch.discount, next_q[:2], [])
     powers = torch.tensor([gamma**3, gamma**2, gamma**1])  # the true number of steps to the end
     expected = torch.tensor([gamma**2, gamma, 1.0]) + (0.0 if terminated else powers * 5.0)
     assert torch.allclose(target, expected)
     assert torch.equal(batch.next_obs["state"], torch.full((3, 1), 3.0))
-    clamped = residual_target(batch.reward, batch.discount, next_q, None, [0.0, 1.0])
+    clamped = residual_target(batch.reward, batch.discount, next_q, [0.0, 1.0])
     assert torch.allclose(
         clamped, (torch.tensor([gamma**2, gamma, 1.0]) + (not terminated) * powers * 2).clamp(0, 1)
     )
@@ -294,6 +294,7 @@ def test_the_actor_waits_for_the_critics(policy):
     assert algo.needs.demo_fraction == 0.5
     assert algo.needs.updates_per_step == 4.0
     assert algo.needs.n_step == 3
+    assert algo.needs.first_updates == 6
 
 
 def test_the_frozen_policy_stays_as_it_is(policy):
@@ -365,8 +366,7 @@ def test_images_are_shifted_in_training_and_not_in_acting(seeing):
     stream = seeing.generator.get_state()
     seeing.critic_step(batch, None, None)
     assert not torch.equal(seeing.generator.get_state(), stream)
-    obs = batch.obs | {BASE_ACTION: batch.obs[BASE_ACTION]}
-    assert torch.equal(seeing.policy.act(obs).chunk, seeing.policy.act(obs).chunk)
+    assert torch.equal(seeing.policy.act(batch.obs).chunk, seeing.policy.act(batch.obs).chunk)
 
 
 def test_states_alone_need_no_encoder(policy):

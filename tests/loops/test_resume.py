@@ -12,13 +12,23 @@ import numpy as np
 import pytest
 import torch
 
-from robopost.artefacts.checkpoint import latest, load_json, load_policy, load_tensors
+from robopost.artefacts.checkpoint import (
+    latest,
+    load_json,
+    load_policy,
+    load_tensors,
+    policy_files,
+    save_folder,
+)
 from robopost.compose import compose
 from robopost.data.batch import Spec
 from robopost.data.store import Episode, EpisodeStore
 from robopost.errors import CheckpointError, ConfigError
 from robopost.loops import train
+from robopost.policies.base import build_policy
+from robopost.policies.flow import FlowConfig
 from robopost.registry import ALGOS
+from robopost.vector import make_vec
 
 STATIONARY = [
     "policy=gaussian",
@@ -61,6 +71,16 @@ POLICY = {
     ],
     "td3": ["policy=deterministic", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
     "sac": ["policy=gaussian", "policy.hidden=[16]", "algo.hidden=[16]", "algo.warmup_steps=20"],
+    "resfit": [
+        "policy=residual",
+        "policy.hidden=[16]",
+        "algo.hidden=[16]",
+        "algo.num_critics=3",
+        "algo.warmup_steps=20",
+        "algo.critic_warmup=9",
+        "algo.updates_per_step=1",
+        "algo.demo_fraction=0",
+    ],
     "hnpg": [*STATIONARY, "algo.hybrid=false"],  # with recorded data: test_onpolicy_data.py
     "trpo": [*STATIONARY, "algo.critic_batch_size=8", "algo.critic_sweeps=2"],
     "npg": STATIONARY,
@@ -106,7 +126,20 @@ def words(algo, store, env=None):
     out += ["loop.eval_episodes=2", "algo.batch_size=8"] if regime != "onpolicy" else ["loop.eval_episodes=2"]
     if regime == "offline":
         return [*out, f"data.path={store}", "env=null"]
+    if "policy=residual" in out:
+        out.append(f"policy.base={base_policy(store.parent / env.replace(' ', '_'), ENVS[env])}")
     return [*out, *ENVS[env], "loop.steps=120", "loop.checkpoint_every=60", "loop.log_every=40"]
+
+
+def base_policy(folder, env):
+    """An untrained flow policy for `env` with chunks of 4, to be corrected."""
+    if not folder.exists():
+        torch.manual_seed(0)
+        vec = make_vec(compose(["algo=td3", *env]).env, 1)
+        config = FlowConfig(horizon=4, steps=2, width=16, depth=1, normalise_action="bounds")
+        save_folder(folder, policy_files(build_policy(config, vec.spec)))
+        vec.close()
+    return folder
 
 
 def cases():

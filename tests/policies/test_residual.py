@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceptance checks 1-3 of residual policies: zero start, bound, chunk queue across both kinds of endings."""
 
+from dataclasses import replace
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from robopost.artefacts.checkpoint import load_policy, policy_files, save_folder
 from robopost.config import PolicyConfig
 from robopost.data.batch import Spec
+from robopost.data.buffer import ReplayBuffer
 from robopost.data.dataset import Dataset
 from robopost.data.episode import Episode
 from robopost.errors import ConfigError
@@ -98,6 +101,33 @@ def test_base_actions_follow_frames_across_time_limit_and_termination():
         # The true final observation carries its own base action, whichever way the episode ended.
         assert np.array_equal(step.next_obs[BASE_ACTION][:, 0], step.next_obs["state"][:, 0])
         obs = step.obs
+
+
+def test_the_replay_holds_the_base_action_of_every_frame():
+    base = Counting(PolicyConfig(name="counting", horizon=4), SPEC)
+    policy = ResidualPolicy.__new__(ResidualPolicy)
+    torch.nn.Module.__init__(policy)
+    policy.base = base
+    policy.spec = replace(SPEC, obs=SPEC.obs | {BASE_ACTION: ((1,), "float32")})
+    env = BaseActionEnv(VecEnv(Frames()), policy)
+    buffer = ReplayBuffer(policy.spec, 100, 2)
+    obs = env.reset(0)
+    for _ in range(
+        17
+    ):  # three episodes: chunks of 4 are cut by a time limit after 5 and a termination after 6
+        step = env.step(obs[BASE_ACTION])
+        buffer.add(obs, obs[BASE_ACTION], step.reward, step.next_obs, step.terminated, step.truncated)
+        obs = step.obs
+    batch = buffer.transitions_at(torch.arange(34), n_step=3, gamma=0.9)
+    for part in (batch.obs, batch.next_obs):
+        assert torch.equal(part[BASE_ACTION], part["state"][:, :1])
+    first = batch.obs[BASE_ACTION][0::2, 0].tolist()
+    assert first == [0, 1, 2, 3, 4] * 3 + [0, 1]
+    assert batch.obs[BASE_ACTION][1::2, 0].tolist() == ([0, 1, 2, 3, 4, 5] * 3)[:17]
+    # The final observation of a time limit carries its own base action, 5, and its bootstrap.
+    assert batch.next_obs[BASE_ACTION][0::2, 0].tolist()[2:5] == [5, 5, 5]
+    assert batch.discount[0::2][:5].tolist() == pytest.approx([0.9**k for k in (3, 3, 3, 2, 1)])
+    assert batch.discount[1::2][3:6].tolist() == [0, 0, 0]
 
 
 def clock(limit=1000):
@@ -224,8 +254,44 @@ def test_base_that_does_not_fit_is_refused(residual, tmp_path):
     ):
         with pytest.raises(ConfigError, match=message):
             ResidualPolicy(config, spec)
+    chunky = Spec({"state": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0), 3)
+    with pytest.raises(ConfigError, match="chunks of 4 steps, episodes here end after 3"):
+        ResidualPolicy(config, chunky)
+    with pytest.raises(ConfigError, match="expects float32, got uint8"):
+        ResidualPolicy(config, replace(chunky, obs={"state": ((3,), "uint8")}))
     with pytest.raises(ConfigError, match=r"policy\.base is empty"):
         ResidualPolicy(ResidualConfig(), SPEC)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        (
+            "action_shift",
+            5.0,
+            r"action 0 of the base policy lies in \[4, 6\].* allows \[-1, 1\]: they don't overlap",
+        ),
+        ("action_scale", 0.0, "the base policy's normaliser has action_scale with values"),
+        ("obs_shift_state", float("nan"), "the base policy's normaliser has obs_shift_state with values"),
+    ],
+)
+def test_normaliser_that_does_not_fit_is_refused(residual, tmp_path, name, value, message):
+    base = residual.base
+    getattr(base.normaliser, name)[0] = value
+    save_folder(tmp_path / "odd", policy_files(base))
+    spec = Spec({"state": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0), 50)
+    with pytest.raises(ConfigError, match=message) as caught:
+        ResidualPolicy(ResidualConfig(base=str(tmp_path / "odd")), spec)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_the_base_does_not_read_are_not_asked_for(tmp_path):
+    spec = Spec({"state": ((3,), "float32"), "image": ((8, 8, 3), "uint8")}, 2, (-1.0,) * 2, (1.0,) * 2, 50)
+    base = Flow(FlowConfig(horizon=4, steps=2, width=16, depth=1, obs_keys=["state"]), spec)
+    save_folder(tmp_path / "base", policy_files(base))
+    blind = replace(spec, obs={"state": spec.obs["state"]})
+    policy = ResidualPolicy(ResidualConfig(base=str(tmp_path / "base"), hidden=[8]), blind)
+    assert policy.act({"state": torch.zeros(2, 3)}).chunk.shape == (2, 1, 2)
 
 
 def test_unbounded_base_is_rebuilt_as_it_was(tmp_path):

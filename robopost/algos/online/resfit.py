@@ -9,7 +9,7 @@ each batch are demonstrations. What the critics judge is the executed action.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class ResFiTConfig(TD3Config):
     updates_per_step: float = 4.0
     policy_delay: int = 4  # critic updates per update of the actor
     warmup_steps: int = 10_000  # base action plus policy.warmup_noise before the first update
-    critic_warmup: int = 10_000  # further updates of the critics alone
+    critic_warmup: int = 10_000  # updates of the critics alone that follow at once
     exploration_noise: float = 0.05  # std, normalised action units
     exploration_clip: float = 0.3  # largest exploration noise, same units
     target_noise: float = 0.0  # std of noise on the target's action, 0 = none
@@ -95,19 +95,16 @@ REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def residual_target(
-    reward: Tensor, discount: Tensor, next_q: Tensor, subset: Tensor | None, bounds: list[float]
-) -> Tensor:
+def residual_target(reward: Tensor, discount: Tensor, next_q: Tensor, bounds: list[float]) -> Tensor:
     """n-step RED-Q target (B,) (ResFiT, section 3): sum_i gamma^i r_i + gamma^k min_{j in J} Q'_j, then clamped.
 
     Args:
         reward: (B,), summed over k <= n steps.
         discount: (B,), gamma^k, 0 where the episode terminated; a time limit keeps it.
-        next_q: (E, B), at s_{t+k} and the target actor's corrected action there.
-        subset: the heads J, None = all.
+        next_q: (M, B), of the heads J at s_{t+k} and the target actor's corrected action there.
         bounds: [low, high], or [] for no clamp.
     """
-    target = td_target(reward, discount, next_q, subset)
+    target = td_target(reward, discount, next_q)
     return target.clamp(bounds[0], bounds[1]) if bounds else target
 
 
@@ -172,7 +169,7 @@ class ResFiT(Algorithm):
     @property
     def needs(self) -> Needs:
         """Transitions from the replay buffer and, by `demo_fraction`, from demonstrations."""
-        return offpolicy_needs(self.config)
+        return replace(offpolicy_needs(self.config), first_updates=self.config.critic_warmup)
 
     def update(self, batch: Batch) -> Metrics:
         """One critic update; after `critic_warmup` of them every `policy_delay`-th call also one of the actor."""
@@ -203,8 +200,8 @@ class ResFiT(Algorithm):
                 action = action.clamp(-1.0, 1.0)
             else:
                 action = smoothed_action(action, noise, cfg.target_noise, cfg.target_noise_clip)
-            next_q = self.critic_target(after, action)
-            target = residual_target(batch.reward, batch.discount, next_q, subset, cfg.target_range)
+            next_q = self.critic_target.frozen(after, action, members=subset)
+            target = residual_target(batch.reward, batch.discount, next_q, cfg.target_range)
         q = self.critic(policy.encode(batch.obs, self._augment), batch.action)
         loss = REDUCTIONS[cfg.critic_reduction](q, target)
         if self._encoder_flat is None:
