@@ -72,8 +72,15 @@ class ResidualPolicy(Policy):
     own_keys = (BASE_ACTION,)
     normaliser_fixed = True  # the base policy's
 
-    def __init__(self, config: ResidualConfig, spec: Spec) -> None:
-        if config.base_config:
+    def __init__(self, config: ResidualConfig, spec: Spec, base: Policy | None = None) -> None:
+        """Build the correction of `base`, or of the policy that `config` names.
+
+        Raises:
+            ConfigError: there is none, or it can't act in an environment of `spec`.
+        """
+        if base is not None:
+            config = replace(config, base_config=to_dict(base.config), base_spec=base.spec.to_json())
+        elif config.base_config:
             stored = Spec.from_json(config.base_spec) if config.base_spec else _without_base(spec)
             base = build_policy(policy_config_from_dict(config.base_config), stored)
         elif config.base:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError
+from robopost.policies.base import Policy
 from robopost.policies.gaussian import HALF_LOG_2PI, normal_log_density
 from robopost.policies.residual import ResidualConfig, ResidualPolicy
 from robopost.registry import POLICIES
@@ -44,8 +45,8 @@ class ResidualGaussian(ResidualPolicy):
     registry_name = "residual_gaussian"
     has_log_prob = True
 
-    def __init__(self, config: ResidualGaussianConfig, spec: Spec) -> None:
-        super().__init__(config, spec)
+    def __init__(self, config: ResidualGaussianConfig, spec: Spec, base: Policy | None = None) -> None:
+        super().__init__(config, spec, base)
         self.bounds = (config.log_std_min, config.log_std_max)
         self.log_std = nn.Parameter(torch.full((spec.action_dim,), float(config.log_std_init)))
 
