@@ -23,14 +23,14 @@ from robopost.policies.chunked import StepPolicy
 from robopost.policies.residual import ResidualConfig, ResidualPolicy
 from robopost.vector import VecEnv, to_torch
 
-STEP, TOLERANCE, LIMIT = 0.1, 0.05, 40
+STEP, TOLERANCE, LIMIT, GAIN = 0.1, 0.05, 40, 2.0
 BIAS, NOISE, CHUNK = (0.25, -0.25), 0.1, 10
 SPEC = Spec({"state": ((4,), "float32")}, 2, (-1.0, -1.0), (1.0, 1.0), LIMIT)
 
 
 def controller(position, goal):
     """Actions (N, 2) of the proportional controller."""
-    return ((goal - position) / STEP).clip(-1.0, 1.0)
+    return (GAIN * (goal - position)).clip(-1.0, 1.0)
 
 
 class Points(VectorEnv):
