@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Acceptance check 6, shortened: ResFiT mends a base policy that nearly never succeeds. Full: benchmarks/resfit_toy.py."""
+"""Acceptance check 6, shortened: ResFiT mends a base that hardly ever succeeds. In full: benchmarks/resfit_toy.py."""
 
 import importlib.util
 from pathlib import Path
