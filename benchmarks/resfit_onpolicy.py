@@ -16,6 +16,7 @@ largest.
 """
 
 import json
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -53,21 +54,19 @@ SIZES = {
 def base_of(root: Path, seed: int, size: dict) -> Path:
     """Folder with `demos.zarr` and the run `base` of a seed, made once per size."""
     folder = root / "data" / "generative" / "resfit" / f"{size['demos']}x{size['clone']}-seed{seed}"
-    if latest(folder / "base") is None:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as partial:
-            demos = f"{partial}/demos.zarr"
-            words = ["env=arm_push", f"episodes={size['demos']}", "quality=0.5", f"seed={10_000 * seed}"]
-            collect(compose([*words, f"out={demos}"], "collect"))
-            words = ["recipe=arm_push/flow_bc", f"data.path={demos}", f"seed={seed}"]
-            words += [
-                f"loop.steps={size['clone']}",
-                f"loop.log_every={size['clone']}",
-                "loop.eval_episodes=1",
-            ]
-            train(compose([*words, *QUIET, f"out={partial}/base"]))
-            shutil.copytree(partial, folder)
+    if latest(folder / "base") is not None:
+        return folder
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    words = ["env=arm_push", f"episodes={size['demos']}", "quality=0.5", f"seed={10_000 * seed}"]
+    collect(compose([*words, f"out={partial / 'demos.zarr'}"], "collect"))
+    words = ["recipe=arm_push/flow_bc", f"data.path={partial / 'demos.zarr'}", f"seed={seed}"]
+    words += [f"loop.steps={size['clone']}", f"loop.log_every={size['clone']}", "loop.eval_episodes=1"]
+    train(compose([*words, *QUIET, f"out={partial / 'base'}"]))
+    try:
+        partial.rename(folder)
+    except OSError:  # the other side's process was faster
+        shutil.rmtree(partial)
     return folder
 
 
