@@ -36,6 +36,7 @@ class Needs:
         refresh_steps: environment steps (all copies together) after which `behaviour` is asked again who collects; a
             divisor of a rollout's steps, 0 = the policy itself always does; on-policy only.
         demo_fraction: share of each batch drawn from the offline dataset; off-policy only, 0 = none.
+        first_updates: updates at once after the warm-up, beside those of `updates_per_step`; off-policy only.
         extra: names of per-step quantities the sampler must add to `Batch.extra` ("return_to_go", "next_action",
             "step": the dataset step each sample begins at).
     """
@@ -46,10 +47,10 @@ class Needs:
     gamma: float = 0.99
     updates_per_step: float = 1.0
     warmup_steps: int = 0
-    first_updates: int = 0
     rollout_steps: int = 0
     refresh_steps: int = 0
     demo_fraction: float = 0.0
+    first_updates: int = 0
     extra: tuple[str, ...] = field(default_factory=tuple)
 
 

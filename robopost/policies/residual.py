@@ -23,6 +23,7 @@ from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.mlp import MLP
 from robopost.policies.base import EPISODE_STEP, Action, Policy, build_policy
 from robopost.policies.chunked import StepPolicy
+from robopost.policies.pretrained import check_fits
 from robopost.registry import POLICIES
 from robopost.vector import Arrays, Step, VecEnv, to_torch
 
@@ -78,19 +79,17 @@ class ResidualPolicy(Policy):
         Raises:
             ConfigError: there is none, or it can't act in an environment of `spec`.
         """
-        if base is not None:
-            config = replace(config, base_config=to_dict(base.config), base_spec=base.spec.to_json())
-        elif config.base_config:
+        if base is None and config.base_config:
             stored = Spec.from_json(config.base_spec) if config.base_spec else _without_base(spec)
             base = build_policy(policy_config_from_dict(config.base_config), stored)
-        elif config.base:
-            base = load_policy(config.base)
-            config = replace(config, base_config=to_dict(base.config), base_spec=base.spec.to_json())
         else:
-            raise ConfigError(
-                "policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>"
-            )
-        _check_fits(base, _without_base(spec))
+            if base is None and not config.base:
+                raise ConfigError(
+                    "policy.base is empty: a residual policy corrects another one. Fix: policy.base=<run>"
+                )
+            base = load_policy(config.base) if base is None else base
+            config = replace(config, base_config=to_dict(base.config), base_spec=base.spec.to_json())
+            _check_base(base, _without_base(spec))
         shape = ((spec.action_dim,), "float32")
         super().__init__(
             replace(config, history=base.history), replace(spec, obs=spec.obs | {BASE_ACTION: shape})
@@ -114,7 +113,10 @@ class ResidualPolicy(Policy):
     def _copy_normaliser(self, base: Policy) -> None:
         """Observations as the base sees them; actions where it maps a range to [-1, 1], else the spec's bounds."""
         source, target = base.normaliser.state_dict(), self.normaliser.state_dict()
-        provenance, ranged = dict(base.normaliser.provenance), _is_ranged(base)
+        provenance = dict(base.normaliser.provenance)
+        ranged = (provenance.get("action") == "minmax") or (
+            provenance.get("action") == "bounds" and base.spec.bounded
+        )
         wanted = [key for key in source if key.startswith("obs_") and key in target]
         wanted += ["action_shift", "action_scale"] if ranged else []
         for key in wanted:
@@ -293,58 +295,29 @@ def _newest(action: Tensor) -> Tensor:
     return action[:, -1] if action.dim() == 3 else action
 
 
-def _is_ranged(base: Policy) -> bool:
-    """True where the base's normaliser maps a range of actions to [-1, 1]."""
-    mode = base.normaliser.provenance.get("action")
-    return mode == "minmax" or (mode == "bounds" and base.spec.bounded)
-
-
-def _check_fits(base: Policy, env: Spec) -> None:
-    """Raise ConfigError where `base` can't act in an environment of `env`."""
-    for key in base.obs_keys:
-        wanted = base.spec.obs[key]
-        if key not in env.obs:
-            raise ConfigError(
-                f"the base policy reads observation {key!r}; the environment offers {', '.join(env.obs)}"
-            )
-        if tuple(env.obs[key][0]) != tuple(wanted[0]):
-            raise ConfigError(
-                f"observation {key!r}: the base policy expects {tuple(wanted[0])}, got {env.obs[key][0]}"
-            )
-        if env.obs[key][1] != wanted[1]:
-            raise ConfigError(
-                f"observation {key!r}: the base policy expects {wanted[1]}, got {env.obs[key][1]}"
-            )
-    if base.spec.action_dim != env.action_dim:
+def _check_base(base: Policy, env: Spec) -> None:
+    """Raise ConfigError where `base` can't act in an environment of `env`, or can't be corrected."""
+    if BASE_ACTION in base.own_keys:
         raise ConfigError(
-            f"the base policy has {base.spec.action_dim} action dimensions, the environment {env.action_dim}"
+            "the base policy is a residual policy itself. Fix: policy=<that run> to go on with its correction"
         )
+    check_fits(base, env, "the base policy")
+    for key in base.obs_keys:
+        wanted, offered = base.spec.obs[key][1], env.obs[key][1]
+        if wanted != offered:
+            raise ConfigError(f"observation {key!r}: the base policy expects {wanted}, got {offered}")
     if 0 < env.max_steps < base.execute:
         raise ConfigError(
             f"the base policy executes chunks of {base.execute} steps, episodes here end after {env.max_steps}: "
             "it was made for another task. Fix: policy.base=<run>, or a larger env.max_steps"
         )
-    _check_normaliser(base, env)
-
-
-def _check_normaliser(base: Policy, env: Spec) -> None:
     for name, value in base.normaliser.state_dict().items():
         if name in ("action_low", "action_high"):
             continue
-        if not torch.isfinite(value).all() or ("scale" in name and not (value > 0).all()):
+        if not torch.isfinite(value).all() or ("_scale" in name and not (value > 0).all()):
             raise ConfigError(
                 f"the base policy's normaliser has {name} with values that are not finite or not above 0. "
                 "Fix: clone it again from data that `robopost data verify` accepts"
-            )
-    if not _is_ranged(base):
-        return
-    shift, scale = base.normaliser.action_shift, base.normaliser.action_scale
-    for i, (low, high) in enumerate(zip(env.action_low, env.action_high, strict=True)):
-        first, last = float(shift[i] - scale[i]), float(shift[i] + scale[i])
-        if first >= high or last <= low:
-            raise ConfigError(
-                f"action {i} of the base policy lies in [{first:g}, {last:g}], the environment allows "
-                f"[{low:g}, {high:g}]: they don't overlap. Fix: a base policy cloned in these units"
             )
 
 

@@ -248,9 +248,15 @@ def test_checkpoint_is_self_contained(residual, tmp_path):
 def test_base_that_does_not_fit_is_refused(residual, tmp_path):
     config = ResidualConfig(base=str(tmp_path / "base"))
     for spec, message in (
-        (Spec({"state": ((4,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0)), "expects"),
-        (Spec({"pixels": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0)), "reads observation 'state'"),
-        (Spec({"state": ((3,), "float32")}, 3, (-1.0,) * 3, (1.0,) * 3), "2 action dimensions"),
+        (Spec({"state": ((4,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0)), r"'state' of shape \(3,\)"),
+        (
+            Spec({"pixels": ((3,), "float32")}, 2, (-1.0, -2.0), (1.0, 2.0)),
+            "observes 'state', the environment offers",
+        ),
+        (
+            Spec({"state": ((3,), "float32")}, 3, (-1.0,) * 3, (1.0,) * 3),
+            "the base policy has 2 actions, the environment has 3",
+        ),
     ):
         with pytest.raises(ConfigError, match=message):
             ResidualPolicy(config, spec)
@@ -259,6 +265,9 @@ def test_base_that_does_not_fit_is_refused(residual, tmp_path):
         ResidualPolicy(config, chunky)
     with pytest.raises(ConfigError, match="expects float32, got uint8"):
         ResidualPolicy(config, replace(chunky, obs={"state": ((3,), "uint8")}))
+    save_folder(tmp_path / "corrected", policy_files(residual))
+    with pytest.raises(ConfigError, match="the base policy is a residual policy itself"):
+        ResidualPolicy(ResidualConfig(base=str(tmp_path / "corrected")), replace(chunky, max_steps=50))
     with pytest.raises(ConfigError, match=r"policy\.base is empty"):
         ResidualPolicy(ResidualConfig(), SPEC)
 
