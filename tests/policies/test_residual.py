@@ -278,7 +278,7 @@ def test_base_that_does_not_fit_is_refused(residual, tmp_path):
         (
             "action_shift",
             5.0,
-            r"action 0 of the base policy lies in \[4, 6\].* allows \[-1, 1\]: they don't overlap",
+            r"the base policy acts in \[4, 6\] \(action 0\), the environment's bounds are \[-1, 1\]",
         ),
         ("action_scale", 0.0, "the base policy's normaliser has action_scale with values"),
         ("obs_shift_state", float("nan"), "the base policy's normaliser has obs_shift_state with values"),
