@@ -83,7 +83,7 @@ def test_the_first_evaluation_is_that_of_the_base(place, tmp_path):
         (
             "policy.base={place}/other",
             ConfigError,
-            r"observation 'state': the base policy expects \(15,\), got",
+            r"the base policy observes 'state' of shape \(15,\)",
         ),
         ("env.max_steps=3", ConfigError, "chunks of 4 steps, episodes here end after 3"),
         ("data.path=", ConfigError, r"algo.demo_fraction=0.5 mixes in recorded data and data.path is empty"),
