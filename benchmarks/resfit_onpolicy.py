@@ -6,8 +6,9 @@ policy, with the same observations, reward and largest correction (recipes arm_p
 ResFiT alone also learns from the demonstrations, as its paper has it. PPO runs 16 copies of the arm, all of whose steps
 count.
 
-The level of a seed was fixed before any side was measured: success of the base plus half of ResFiT's final gain, both
-over the same 100 deterministic episodes that no training has seen. A side has reached it at the first evaluation from
+What the level of a seed is was fixed before any seed of this table was measured (both recipes were chosen on others):
+success of the base plus half of ResFiT's final gain, both over the same 100 deterministic episodes, which no training
+has seen. A side has reached it at the first evaluation from
 which on the mean of two consecutive ones (100 episodes each, the same start states on both sides) is at the level; all
 environment steps up to the later one count, warm-up included. A side that doesn't reach it counts with its whole
 budget: for PPO the ratio is then a lower bound, and the figure's note says in how many seeds. The ratio is PPO's steps

@@ -2,6 +2,7 @@
 """Small base policies and algorithms of the ResFiT tests."""
 
 import torch
+from torch import nn
 
 from robopost.algos.online.resfit import ResFiT, ResFiTConfig
 from robopost.artefacts.checkpoint import policy_files, save_folder
@@ -70,3 +71,36 @@ def randomise(policy: Policy, std=10.0):
     """Any training: weights of the correction at random."""
     for parameter in policy.net.parameters():
         torch.nn.init.normal_(parameter, std=std)
+
+
+def plain(net, member=None):
+    layers = []
+    for layer in net:
+        if not hasattr(layer, "weight"):
+            layers.append(nn.ReLU())
+            continue
+        weight = layer.weight.detach() if member is None else layer.weight.detach()[member].t()
+        bias = layer.bias.detach() if member is None else layer.bias.detach()[member, 0]
+        layers.append(nn.Linear(weight.shape[1], weight.shape[0]))
+        layers[-1].weight.data.copy_(weight)
+        layers[-1].bias.data.copy_(bias)
+    return nn.Sequential(*layers)
+
+
+def step_plain(optimizer, loss, norm):
+    optimizer.zero_grad()
+    loss.backward()
+    # Parameters of others have gradients too: the actor's loss runs through the critics.
+    mine = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(mine, norm)
+    optimizer.step()
+
+
+def blend(old, new, tau):
+    for a, b in zip(old.parameters(), new.parameters(), strict=True):
+        a.data.mul_(1 - tau).add_(tau * b.data)
+
+
+def same(net, other, member=None):
+    for ours, theirs in zip(plain(net, member).parameters(), other.parameters(), strict=True):
+        assert (ours - theirs).abs().max() < 1e-5

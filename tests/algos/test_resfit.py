@@ -205,7 +205,7 @@ def test_twelve_updates_agree_with_a_plain_loop(policy, reduction):
     )
     lab.randomise(policy, std=0.3)
     algo.actor_target.load_state_dict(policy.net.state_dict())
-    actor, heads = plain(policy.net), [plain(algo.critic.net, k) for k in range(3)]
+    actor, heads = lab.plain(policy.net), [lab.plain(algo.critic.net, k) for k in range(3)]
     actor_t, heads_t = copy.deepcopy(actor), copy.deepcopy(heads)
     opt = lambda nets, lr: torch.optim.AdamW([p for n in nets for p in n.parameters()], lr, weight_decay=0.01)  # noqa: E731
     actor_opt, critic_opt = opt([actor], 1e-2), opt(heads, 1e-2)
@@ -228,56 +228,23 @@ def test_twelve_updates_agree_with_a_plain_loop(policy, reduction):
         else:
             loss = (errors.abs().mean(0) ** 2).mean()
         assert metrics["loss/critic"].item() == pytest.approx(loss.item(), abs=1e-5)
-        step_plain(critic_opt, loss, 0.5)
+        lab.step_plain(critic_opt, loss, 0.5)
         for old, new in zip(heads_t, heads, strict=True):
-            blend(old, new, 0.1)
+            lab.blend(old, new, 0.1)
         if step > 4 and step % 2 == 0:
             change = correct(actor, s, b)
             inputs = torch.cat([s, b, (b + change).clamp(-1, 1)], 1)
             loss = -torch.stack([net(inputs) for net in heads]).mean() + 0.1 * (change**2).sum(1).mean()
             assert metrics["loss/actor"].item() == pytest.approx(loss.item(), abs=1e-5)
-            step_plain(actor_opt, loss, 0.5)
-            blend(actor_t, actor, 0.1)
+            lab.step_plain(actor_opt, loss, 0.5)
+            lab.blend(actor_t, actor, 0.1)
         else:
             assert "loss/actor" not in metrics
-    same(policy.net, actor)
-    same(algo.actor_target, actor_t)
+    lab.same(policy.net, actor)
+    lab.same(algo.actor_target, actor_t)
     for k in range(3):
-        same(algo.critic.net, heads[k], k)
-        same(algo.critic_target.net, heads_t[k], k)
-
-
-def plain(net, member=None):
-    layers = []
-    for layer in net:
-        if not hasattr(layer, "weight"):
-            layers.append(nn.ReLU())
-            continue
-        weight = layer.weight.detach() if member is None else layer.weight.detach()[member].t()
-        bias = layer.bias.detach() if member is None else layer.bias.detach()[member, 0]
-        layers.append(nn.Linear(weight.shape[1], weight.shape[0]))
-        layers[-1].weight.data.copy_(weight)
-        layers[-1].bias.data.copy_(bias)
-    return nn.Sequential(*layers)
-
-
-def step_plain(optimizer, loss, norm):
-    optimizer.zero_grad()
-    loss.backward()
-    # Parameters of others have gradients too: the actor's loss runs through the critics.
-    mine = [p for group in optimizer.param_groups for p in group["params"]]
-    torch.nn.utils.clip_grad_norm_(mine, norm)
-    optimizer.step()
-
-
-def blend(old, new, tau):
-    for a, b in zip(old.parameters(), new.parameters(), strict=True):
-        a.data.mul_(1 - tau).add_(tau * b.data)
-
-
-def same(net, other, member=None):
-    for ours, theirs in zip(plain(net, member).parameters(), other.parameters(), strict=True):
-        assert (ours - theirs).abs().max() < 1e-5
+        lab.same(algo.critic.net, heads[k], k)
+        lab.same(algo.critic_target.net, heads_t[k], k)
 
 
 # -- schedule and state --------------------------------------------------------------------------------------------
