@@ -33,6 +33,7 @@ CHAINS = [
     pytest.param({"sampler": "ddim"}, id="ddim"),
     pytest.param({"sampler": "ddim", "eta": 0.5, "finetune_steps": 2}, id="ddim, two of five steps"),
     pytest.param({"sampler": "ddpm", "finetune_steps": 3}, id="ddpm, three of five steps"),
+    pytest.param({"sampler": "ddpm", "min_log_prob_std": 0.6}, id="wider densities than noise"),
 ]
 
 
@@ -69,7 +70,7 @@ def test_log_prob_is_the_one_of_the_stored_chain_and_the_first_ratio_is_one(opti
     first = algo.tuned.start
     expected = []
     for k in range(first, 5):
-        normal = Normal(mean[:, k], max(std[k], 0.1))
+        normal = Normal(mean[:, k], max(std[k], options.get("min_log_prob_std", 0.1)))
         # executed actions alone: the first 3 of 4
         expected.append(normal.log_prob(action.chain[:, k + 1])[:, :3].mean((1, 2)))
     torch.testing.assert_close(action.log_prob, torch.stack(expected, 1), rtol=0, atol=2e-5)
