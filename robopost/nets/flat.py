@@ -142,6 +142,7 @@ class FlatAdam(torch.optim.Adam):
             group["betas"],
             group["eps"],
             group["weight_decay"],
+            group["decoupled_weight_decay"],
         )
 
 
@@ -154,9 +155,11 @@ def fused_adam(
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    decoupled: bool = False,
 ) -> None:
-    """One step of Adam in place, with torch's kernel; `step` () counts from 1."""
-    torch._fused_adam_(  # pyright: ignore[reportPrivateImportUsage]
+    """One step of Adam in place, with torch's kernel (AdamW's where `decoupled`); `step` () counts from 1."""
+    kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_  # pyright: ignore[reportPrivateImportUsage]
+    kernel(
         [data],
         [grad],
         [moments[0]],

@@ -43,7 +43,14 @@ def test_one_adam_step_equals_adam_over_the_parameters():
         assert torch.allclose(a, b, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"betas": (0.5, 0.9), "eps": 1e-5, "weight_decay": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"betas": (0.5, 0.9), "eps": 1e-5, "weight_decay": 0.1},
+        {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    ],
+)
 def test_adam_is_torch_s_own_to_the_bit(options):
     flat, other = Flat(net()), Flat(net())
     ours = adam(flat, 1e-2, **options)
