@@ -13,6 +13,7 @@ import pytest
 from robopost.cli import main
 
 DEBUG = "recipe=debug_offline"
+REINFLOW = ("algo=reinflow", "env=Pendulum-v1")
 
 # id: (words, pattern, exit code)
 CASES = {
@@ -152,6 +153,34 @@ CASES = {
     ),
     "resume of a newer run": (["train", "resume={place}/newer"], r"unknown key 'novel' in 'config\.novel'.*"),
     "torn run config": (["train", "resume={place}/torn"], r".*torn/config\.json is not valid JSON: .*"),
+    "more steps to fine-tune than there are": (
+        ["train", *REINFLOW, "policy=flow", "policy.steps=4", "algo.finetune_steps=5"],
+        r"algo\.finetune_steps=5 must lie in 0\.\.4, the steps of the policy's chain; 0 = all",
+    ),
+    "gaussian policy for reinflow": (
+        ["train", *REINFLOW, "policy=gaussian"],
+        r"algo=reinflow fine-tunes a flow policy, policy=gaussian is none\. Fix: policy=pretrained .*policy=flow",
+    ),
+    "diffusion policy for reinflow": (
+        ["train", *REINFLOW, "policy=diffusion"],
+        r"algo=reinflow fine-tunes a flow policy, policy=diffusion is none\. Fix: .*",
+    ),
+    "midpoint solver for reinflow": (
+        ["train", *REINFLOW, "policy=flow", "policy.solver=midpoint"],
+        r"algo=reinflow adds noise to Euler steps, policy\.solver=midpoint\. Fix: policy\.solver=euler .*",
+    ),
+    "noise bounds in the wrong order": (
+        ["train", *REINFLOW, "algo.noise_min=0.3"],
+        r"algo\.noise_min=0\.3 must lie in \(0, 0\.24\] \(algo\.noise_max\)",
+    ),
+    "no noise": (
+        ["train", *REINFLOW, "algo.noise_min=0"],
+        r"algo\.noise_min=0\.0 must lie in \(0, 0\.24\].*",
+    ),
+    "base policy of no run": (
+        ["train", *REINFLOW, "policy=pretrained", "policy.path={place}/none"],
+        r"no policy at {place}/none.*",
+    ),
     "eval without policy": (["eval", "env=arm_push"], r"policy has no value\. Fix: .*"),
     "eval of nothing": (["eval", "policy={place}/none", "env=Hopper-v5"], r"no policy at {place}/none.*"),
     "eval of a folder": (["eval", "policy={place}/user", "env=Hopper-v5"], r"no policy at {place}/user.*"),
