@@ -277,7 +277,7 @@ def test_entropy_rate_by_hand():
 
 
 def test_clamped_densities_have_no_gradient_and_are_counted():
-    """The average per dimension at std .01 is far above 1 (card, section 5)."""
+    """The average per dimension at std .01 is far above 1."""
     options = {"noise_min": 0.01, "noise_max": 0.01, "entropy_coef": 0.0}
     for bound, share in ((1.0, 1.0), (0.0, None)):
         algo = lab.make(log_prob_bound=bound, **options)

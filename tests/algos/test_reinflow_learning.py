@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ReinFlow: an update against a plain loop, the KL stop, images, the anchor, the bandit of the card, bad settings."""
+"""ReinFlow: an update against a plain loop, the KL stop, images, the anchor, a bandit, bad settings."""
 
 import copy
 import importlib.util
@@ -169,7 +169,7 @@ def test_observations_are_encoded_once_per_decision(monkeypatch):
     ids=["normalised", "joint"],
 )
 def test_bandit(options):
-    """Card, section 7, check 6, through decide and update with a chunk of which half is executed."""
+    """One-step episodes, through decide and update with a chunk of which half is executed."""
     policy = lab.bandit_policy(0)
     assert lab.bandit_distance(policy) > 1.3
     settings = {"noise_min": 0.05, "noise_max": 0.2, "entropy_coef": 0.0, "batch_size": 128}
@@ -187,7 +187,7 @@ def test_bandit(options):
     [{}, {"prediction": "velocity"}, {"variant": "shortcut"}],
     ids=["sample", "velocity", "shortcut"],
 )
-def test_bandit_as_the_card_sets_it(policy_options, options, seed):
+def test_bandit_at_the_usual_learning_rate(policy_options, options, seed):
     """1024 samples, 100 iterations, 5 epochs, Adam 3e-4."""
     policy = lab.bandit_policy(seed, **policy_options)
     settings = {"noise_min": 0.05, "noise_max": 0.2, "entropy_coef": 0.0}
