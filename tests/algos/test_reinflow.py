@@ -134,7 +134,7 @@ def test_there_is_one_grid(monkeypatch):
     )
     assert asked[-1] == "training"
     names = [item.name for config in (ReinFlowConfig, FlowConfig) for item in fields(config)]
-    assert not [name for name in names if "grid" in name or "schedule" in name or "time" in name]
+    assert not [name for name in names if "grid" in name or "schedule" in name]
     # What two grids would do, on the released code's pair: the test above would notice.
     broken = lab.make(normalise_ratio=False)
     batch = lab.rollout(broken)
