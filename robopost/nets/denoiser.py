@@ -54,10 +54,13 @@ class MLPDenoiser(nn.Module):
 
 
 def denoise_steps(net: nn.Module, x: Tensor, cond: Tensor, *times: Tensor) -> Tensor:
-    """Denoise n chunks of each sample in one batch: x (B, n, H, A), cond (B, D), times (n,) each, to (B, n, H, A)."""
+    """Denoise n chunks of each sample in one batch: x (B, n, H, A), cond (B, D), to (B, n, H, A).
+
+    Each of `times` is (n,), the same for all samples, or (B, n).
+    """
     batch, count = x.shape[:2]
     if count == 1:  # a step of a sampler: the plain network has the lowest overhead
-        return net(x[:, 0], cond, *(time.expand(batch) for time in times))[:, None]
+        return net(x[:, 0], cond, *(time.expand(batch, 1).flatten() for time in times))[:, None]
     if isinstance(net, MLPDenoiser):
         return net.steps(x, cond, *times)
     rows = [time.expand(batch, count).flatten() for time in times]

@@ -121,7 +121,10 @@ class Flow(ChainPolicy):
         return self._to_velocity(self.net(x, cond, *self._times(t, step)), x, t)
 
     def velocities(self, x: Tensor, t: Tensor, cond: Tensor, net: nn.Module | None = None) -> Tensor:
-        """Velocities (B, n, H, A) at n points `x` (B, n, H, A) and times `t` (n,) of each sample, in one batch."""
+        """Velocities (B, n, H, A) at n points `x` (B, n, H, A) of each sample, in one batch.
+
+        `t` are their times: (n,) for all samples, or (B, n).
+        """
         out = denoise_steps(self.net if net is None else net, x, cond, *self._times(t, None))
         return self._to_velocity(out, x, t)
 
@@ -139,7 +142,7 @@ class Flow(ChainPolicy):
         return t, -size.log2() / max(1, self.config.shortcut_finest.bit_length() - 1)
 
     def _to_velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        return out if self.config.prediction == "velocity" else (out - x) / (1 - t)[:, None, None]
+        return out if self.config.prediction == "velocity" else (out - x) / (1 - t)[..., None, None]
 
     def time_embedding(self, steps: range) -> Tensor:
         """(n, T) what the network makes of the times at which `steps` begin."""

@@ -87,6 +87,8 @@ POLICY = {
     "ppo": ["policy=gaussian", "policy.hidden=[16]", "algo.rollout_steps=10", "algo.batch_size=20"],
     "reinflow": [*CHUNKS, "algo.noise_hidden=[16]", "algo.finetune_steps=2", "algo.noise_decay_updates=4"],
     "dppo": [*CHUNKS, "algo.finetune_steps=2", "algo.min_log_prob_std=0.2"],
+    "policyflow": [*CHUNKS, "policy.solver=midpoint", "policy.prediction=velocity", "algo.desired_kl=0.001"],
+    "fpo": [*CHUNKS, "algo.pairs=3"],
     "props": [
         "policy=gaussian",
         "policy.hidden=[16]",

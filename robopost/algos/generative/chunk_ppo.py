@@ -26,7 +26,7 @@ from robopost.nets.mlp import MLP
 from robopost.policies.base import Policy
 from robopost.policies.chain import ChainPolicy
 
-BLOCK = 4096  # decisions that the critic values at once
+BLOCK = 4096  # decisions of a rollout that are evaluated at once
 # Rows of a network whose activations stay in a CPU's cache from the forward to the backward pass. Minibatches of
 # thousands of decisions take two thirds of the time in such parts.
 CACHED_ROWS = 4096
@@ -198,6 +198,10 @@ class ChunkPPO(Algorithm):
             (loss, an estimate of KL(old || new) for `target_kl`, detached metrics).
         """
 
+    def before_step(self, kl: Tensor) -> Metrics:
+        """Called with the minibatch's estimate of KL(old || new) before the actor's step; returns metrics."""
+        return {}
+
     def update(self, batch: Batch) -> Metrics:
         """All epochs over one rollout of decisions (D, N).
 
@@ -268,14 +272,14 @@ class ChunkPPO(Algorithm):
 
     def _values(self, obs: Obs) -> Tensor:
         """Values of a whole rollout, in blocks: the features of all its images would not fit."""
-        return torch.cat([self.critic(block) for block in _split(obs, BLOCK)])
+        return torch.cat([self.critic(block) for block in blocks(obs)])
 
     def critic_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step on the critic: mean squared error to the value targets."""
         total = len(rows["returns"])
         error = torch.zeros((), device=self.device)
         self._critic_flat.grad.zero_()
-        for part in _split(rows, CACHED_ROWS if self.device.type == "cpu" else total):
+        for part in blocks(rows, CACHED_ROWS if self.device.type == "cpu" else total):
             loss = (part["returns"] - self.critic(_obs(part))).square().sum() / total
             self._critic_flat.add_backward(loss)
             error = error + loss.detach()
@@ -290,13 +294,14 @@ class ChunkPPO(Algorithm):
         metrics: Metrics = {}
         total = len(rows["advantage"])
         self._actor_flat.grad.zero_()
-        for part in _split(rows, self._part(total)):
+        for part in blocks(rows, self._part(total)):
             share = len(part["advantage"]) / total
             loss, kl, found = self.actor_loss(part, _obs(part))
             self._actor_flat.add_backward(loss * share)
             for key, value in (found | {"loss/actor": loss.detach(), "policy/kl": kl}).items():
                 metrics[key] = metrics[key] + share * value if key in metrics else share * value
         norm = self._actor_flat.clip(cfg.max_grad_norm)
+        metrics = metrics | self.before_step(metrics["policy/kl"])
         if cfg.target_kl:
             self._keep.logical_and_(metrics["policy/kl"] <= cfg.target_kl)
             step_where(self.actor_optimizer, self._actor_flat, self._keep)
@@ -310,11 +315,11 @@ class ChunkPPO(Algorithm):
         return part if self.device.type == "cpu" and total > part else total
 
 
-def _obs(rows: dict[str, Tensor]) -> Obs:
-    return {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
-
-
-def _split(rows: dict[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Parts of at most `size` rows."""
+def blocks(rows: dict[str, Tensor], size: int = BLOCK) -> list[dict[str, Tensor]]:
+    """Rows (M, ...) in parts of at most `size`."""
     parts = zip(*(value.split(size) for value in rows.values()), strict=True)
     return [dict(zip(rows, part, strict=True)) for part in parts]
+
+
+def _obs(rows: dict[str, Tensor]) -> Obs:
+    return {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
