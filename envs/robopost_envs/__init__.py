@@ -4,6 +4,7 @@
 from . import adapters as adapters
 from . import arms as arms
 from . import lock as lock
+from . import multigoal as multigoal
 from .rendering import select_gl
 
 select_gl()
