@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from robopost_envs.multigoal import MultiGoalConfig, distances
 from torch.distributions import Normal
 
 from robopost.algos.generative.policyflow import (
@@ -275,3 +276,28 @@ def test_bad_values_are_named():
     ):
         with pytest.raises(ConfigError, match=message):
             PolicyFlowConfig(**options)
+
+
+def test_several_goals_are_kept():
+    """From scratch on six equally good goals, shortened: the benchmark `multigoal` has the full form."""
+    config = MultiGoalConfig()
+    sizes = {"horizon": 1, "execute": 1, "steps": 4, "width": 32, "solver": "midpoint"}
+    policy = lab.make_policy(lab.POINT, prediction="velocity", **sizes)
+    options = {"noise_init": 1.0, "entropy_coef": 0.001, "brownian_coef": 0.05, "actor_lr": 1e-3}
+    algo = lab.make("policyflow", policy, batch_size=256, epochs=5, **options)
+
+    def reward(action):
+        nearest = torch.from_numpy(distances(config, action.numpy()).min(1))
+        return torch.exp(-0.5 * (nearest / config.width).square()).float()
+
+    before = reward(algo.decide({"state": torch.zeros(2000, 1)}, algo.generator).chunk[:, 0]).mean()
+    for _ in range(70):
+        algo.update(lab.bandit(algo, 1024, reward))
+    action = policy.act({"state": torch.zeros(2000, 1)}, generator=torch.Generator().manual_seed(0)).chunk[
+        :, 0
+    ]
+    away = torch.from_numpy(distances(config, action.numpy()))
+    held = torch.nn.functional.one_hot(away.argmin(1), config.goals) * (away.min(1).values < 0.9)[:, None]
+    assert before < 0.25
+    assert reward(action).mean() >= 0.6
+    assert (held.double().mean(0) > 0.03).sum() >= 3
