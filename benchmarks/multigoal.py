@@ -40,8 +40,8 @@ METHODS = {
     "policyflow_0": [*POLICYFLOW, "algo.brownian_coef=0"],
     "policyflow_05": [*POLICYFLOW, "algo.brownian_coef=0.05"],
     "policyflow_25": [*POLICYFLOW, "algo.brownian_coef=0.25"],
-    "fpo_05": ["algo=fpo", *FLOW, "algo.clip=0.05"],
-    "fpo_20": ["algo=fpo", *FLOW, "algo.clip=0.2"],
+    "fpo_05": ["algo=fpo", *FLOW, "algo.normalise_loss=false", "algo.clip=0.05"],
+    "fpo_20": ["algo=fpo", *FLOW, "algo.normalise_loss=false", "algo.clip=0.2"],
     "reinflow": [
         "algo=reinflow",
         *FLOW,

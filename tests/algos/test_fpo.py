@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from robopost.algos.generative.fpo import FPOConfig, log_ratios, matching_loss
+from robopost.algos.generative.fpo import FPOConfig, log_ratios, loss_scale, matching_loss
 from robopost.errors import ConfigError
 from robopost.policies.flow import Flow
 
@@ -26,7 +26,7 @@ def ratios(algo, rows, obs):
         (1 - at) * noise + at * end[:, None], t, algo.policy.encoder(obs)
     ).detach()
     new = matching_loss(velocity, noise, end, t, rows["mask"], algo.config.loss)
-    return log_ratios(rows["loss"], new, 3.0, True).exp()[:, 0]
+    return log_ratios(rows["loss"], new, rows["scale"], 3.0, True).exp()[:, 0]
 
 
 @pytest.mark.parametrize(("prediction", "loss"), KINDS)
@@ -116,13 +116,37 @@ def test_the_networks_own_output_and_the_sample_loss_agree():
 
 def test_the_ratio_is_clamped_pair_by_pair():
     old, new = torch.tensor([[5.0, 1.0]]), torch.tensor([[0.0, 2.0]])
-    assert log_ratios(old, new, 3.0, average=True).tolist() == [[1.0]]
-    assert log_ratios(old, new, 3.0, average=False).tolist() == [[3.0, -1.0]]
+    scale = torch.tensor([[1.0]])
+    assert log_ratios(old, new, scale, 3.0, average=True).tolist() == [[1.0]]
+    assert log_ratios(old, new, scale, 3.0, average=False).tolist() == [[3.0, -1.0]]
+    assert log_ratios(old, new, 2 * scale, 3.0, average=False).tolist() == [[3.0, -2.0]]
+
+
+def test_normalised_losses_are_nats_of_a_gaussian():
+    """Mean loss 0.5 of two rows, 2 actions: 2 steps 4 / (2 0.5), 1 step 2 / (2 0.5); rows without steps don't count."""
+    loss = torch.tensor([[0.2, 0.4], [0.6, 0.8], [50.0, 50.0]])
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    torch.testing.assert_close(loss_scale(loss, mask, 2), torch.tensor([[4.0], [2.0], [0.0]]))
+    # A policy that is N(mean, 0.3^2): the loss of an action under a moved mean, in nats.
+    g = torch.Generator().manual_seed(0)
+    action = 0.3 * torch.randn(200_000, 1, 1, generator=g, dtype=torch.float64)
+    mask = torch.ones(len(action), 1, dtype=torch.bool)
+    old, new = action[:, 0].square(), (action[:, 0] - 0.05).square()
+    found = log_ratios(old, new, loss_scale(old, mask, 1), 99.0, average=True)[:, 0]
+    normal = torch.distributions.Normal
+    exact = normal(0.05, 0.3).log_prob(action) - normal(0.0, 0.3).log_prob(action)
+    torch.testing.assert_close(found, exact[:, 0, 0], rtol=1e-2, atol=1e-4)
+
+
+def test_the_references_losses_count_as_they_are():
+    algo = lab.make("fpo", normalise_loss=False)
+    rows, _ = lab.rows_of(algo, lab.rollout(algo))
+    assert torch.equal(rows["scale"], torch.ones(12, 1))
 
 
 def test_loss_by_hand_with_one_ratio_per_decision_and_per_pair():
     for average in (True, False):
-        algo = lab.make("fpo", average_losses=average, clip=0.02)
+        algo = lab.make("fpo", average_losses=average, clip=0.02, normalise_loss=False)
         rows, obs = lab.rows_of(algo, lab.rollout(algo))
         rows["loss"] = rows["loss"] + torch.linspace(-0.1, 0.2, rows["loss"].numel()).view_as(rows["loss"])
         shift = torch.linspace(-0.1, 0.2, rows["loss"].numel()).view_as(rows["loss"])

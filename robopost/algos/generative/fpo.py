@@ -29,12 +29,15 @@ class FPOConfig(ChunkPPOConfig):
     """Config of `FPO`."""
 
     name: str = "fpo"
-    actor_lr: float = 3e-4
+    actor_lr: float = 3e-5
     target_kl: float = 0.0
-    clip: float = 0.05  # of the ratio
+    clip: float = 0.2  # of the ratio
     pairs: int = 8  # (noise, time) pairs per decision
     loss: str = "velocity"  # velocity | epsilon | sample: of what the flow-matching loss is the squared error
     average_losses: bool = True  # one ratio per decision; false: one per pair
+    normalise_loss: bool = (
+        True  # count losses in nats of a Gaussian whose variance is their mean; false: as they are
+    )
     difference_bound: float = 3.0  # clamp of the change of a loss
 
     def __post_init__(self) -> None:
@@ -68,9 +71,20 @@ def matching_loss(velocity: Tensor, noise: Tensor, end: Tensor, t: Tensor, mask:
     return weight * mean
 
 
-def log_ratios(old: Tensor, new: Tensor, bound: float, average: bool) -> Tensor:
-    """Changes `old` - `new`, clamped to +-bound, of losses (B, n): their mean (B, 1), or all (B, n)."""
-    change = (old - new).clamp(-bound, bound)
+def loss_scale(loss: Tensor, mask: Tensor, action_dim: int) -> Tensor:
+    """Factors (M, 1) that turn losses (M, n) of a rollout into nats: executed dimensions / (2 mean loss).
+
+    A Gaussian's log-density is -|error|^2 / (2 variance), summed over dimensions; the mean loss stands for its
+    variance. Without that the ratio of a policy that knows its actions well hardly leaves 1, whatever it does.
+    """
+    weight = mask.any(-1).to(loss.dtype)
+    mean = (loss.mean(1) * weight).sum() / weight.sum().clamp_min(1)
+    return (mask.sum(-1, keepdim=True) * action_dim) / (2 * mean.clamp_min(1e-8))
+
+
+def log_ratios(old: Tensor, new: Tensor, scale: Tensor, bound: float, average: bool) -> Tensor:
+    """Changes (`old` - `new`) `scale`, clamped to +-bound, of losses (B, n): their mean (B, 1), or all (B, n)."""
+    change = ((old - new) * scale).clamp(-bound, bound)
     return change.mean(1, keepdim=True) if average else change
 
 
@@ -98,8 +112,10 @@ class FPO(PlainFlowPPO):
         shape = (len(end), cfg.pairs, *end.shape[1:])
         noise = torch.randn(shape, generator=self.generator, device=self.device)
         velocity = self.velocity_at(rows.obs, interpolate(noise, end[:, None], t), t)
-        old = matching_loss(velocity, noise, end, t, rows.chunk_mask, cfg.loss)
-        return {"end": end, "noise": noise, "t": t, "loss": old, "mask": rows.chunk_mask}
+        mask = rows.chunk_mask
+        old = matching_loss(velocity, noise, end, t, mask, cfg.loss)
+        scale = loss_scale(old, mask, end.shape[-1]) if cfg.normalise_loss else torch.ones_like(old[:, :1])
+        return {"end": end, "noise": noise, "t": t, "loss": old, "scale": scale, "mask": mask}
 
     def actor_loss(self, rows: dict[str, Tensor], obs: Obs) -> tuple[Tensor, Tensor, Metrics]:
         """L_clip with ratio exp(mean(L_old - L_new)), the mean over the pairs (arXiv 2507.21053)."""
@@ -107,7 +123,7 @@ class FPO(PlainFlowPPO):
         end, noise, t = rows["end"], rows["noise"], rows["t"]
         velocity = self.policy.velocities(interpolate(noise, end[:, None], t), t, self.policy.encoder(obs))
         losses = matching_loss(velocity, noise, end, t, rows["mask"], cfg.loss)
-        change = log_ratios(rows["loss"], losses, cfg.difference_bound, cfg.average_losses)
+        change = log_ratios(rows["loss"], losses, rows["scale"], cfg.difference_bound, cfg.average_losses)
         ratio = change.exp()
         loss = clipped_loss(ratio, rows["advantage"][:, None].expand_as(ratio), cfg.clip)
         with torch.no_grad():
