@@ -15,7 +15,7 @@ from robopost.policies.flow import Flow
 spec = importlib.util.spec_from_file_location("plain_flow_lab", Path(__file__).with_name("plain_flow_lab.py"))
 lab = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(lab)
-KINDS = [("velocity", "velocity"), ("velocity", "epsilon"), ("sample", "velocity"), ("sample", "sample")]
+KINDS = [("velocity", "own"), ("velocity", "epsilon"), ("sample", "velocity"), ("sample", "own")]
 
 
 def ratios(algo, rows, obs):
@@ -25,7 +25,7 @@ def ratios(algo, rows, obs):
     velocity = algo.policy.velocities(
         (1 - at) * noise + at * end[:, None], t, algo.policy.encoder(obs)
     ).detach()
-    new = matching_loss(velocity, noise, end, t, rows["mask"], algo.config.loss)
+    new = matching_loss(velocity, noise, end, t, rows["mask"], algo.space)
     return log_ratios(rows["loss"], new, rows["scale"], 3.0, True).exp()[:, 0]
 
 
@@ -100,10 +100,10 @@ def test_the_weighted_losses_are_errors_of_noise_and_chunk():
         torch.testing.assert_close(found, error.square().mean((2, 3)), rtol=1e-4, atol=1e-6)
 
 
-def test_the_networks_own_output_and_the_sample_loss_agree():
-    """prediction=sample: the loss in the space of chunks is the network's plain error, the policy's own loss."""
+def test_the_default_loss_is_the_policys_own():
+    """prediction=sample: the plain error of what the network gives, as in cloning."""
     policy = lab.make_policy(prediction="sample")
-    algo = lab.make("fpo", policy, loss="sample")
+    algo = lab.make("fpo", policy)
     rows, obs = lab.rows_of(algo, lab.rollout(algo, short=False))
     cond = policy.encoder(obs)
     for pair in range(algo.config.pairs):

@@ -21,7 +21,7 @@ from robopost.errors import ConfigError, unknown
 from robopost.policies.base import Action
 from robopost.registry import ALGOS
 
-LOSSES = ("velocity", "epsilon", "sample")
+LOSSES = ("own", "velocity", "epsilon", "sample")
 
 
 @dataclass
@@ -33,7 +33,9 @@ class FPOConfig(ChunkPPOConfig):
     target_kl: float = 0.0
     clip: float = 0.2  # of the ratio
     pairs: int = 8  # (noise, time) pairs per decision
-    loss: str = "velocity"  # velocity | epsilon | sample: of what the flow-matching loss is the squared error
+    loss: str = (
+        "own"  # of what it is the squared error: own (as policy.prediction) | velocity | epsilon | sample
+    )
     average_losses: bool = True  # one ratio per decision; false: one per pair
     normalise_loss: bool = (
         True  # count losses in nats of a Gaussian whose variance is their mean; false: as they are
@@ -63,7 +65,7 @@ def matching_loss(velocity: Tensor, noise: Tensor, end: Tensor, t: Tensor, mask:
         end: (B, H, A) executed chunks before clipping.
         t: (B, n) times.
         mask: (B, H) executed steps.
-        loss: one of `LOSSES`.
+        loss: velocity, epsilon or sample.
     """
     error = (velocity - (end[:, None] - noise)).square().sum(-1) * mask[:, None].to(noise.dtype)
     mean = error.sum(-1) / (mask.sum(-1) * end.shape[-1]).clamp_min(1)[:, None]
@@ -95,6 +97,12 @@ class FPO(PlainFlowPPO):
     registry_name = "fpo"
     config: FPOConfig
 
+    @property
+    def space(self) -> str:
+        """What the loss is the squared error of."""
+        loss = self.config.loss
+        return self.policy.config.prediction if loss == "own" else loss
+
     @torch.no_grad()
     def decide(self, obs: Obs, generator: torch.Generator) -> Action:
         """A sample of the flow; the chain (B, 1, H, A) holds its end before clipping."""
@@ -113,7 +121,7 @@ class FPO(PlainFlowPPO):
         noise = torch.randn(shape, generator=self.generator, device=self.device)
         velocity = self.velocity_at(rows.obs, interpolate(noise, end[:, None], t), t)
         mask = rows.chunk_mask
-        old = matching_loss(velocity, noise, end, t, mask, cfg.loss)
+        old = matching_loss(velocity, noise, end, t, mask, self.space)
         scale = loss_scale(old, mask, end.shape[-1]) if cfg.normalise_loss else torch.ones_like(old[:, :1])
         return {"end": end, "noise": noise, "t": t, "loss": old, "scale": scale, "mask": mask}
 
@@ -122,7 +130,7 @@ class FPO(PlainFlowPPO):
         cfg = self.config
         end, noise, t = rows["end"], rows["noise"], rows["t"]
         velocity = self.policy.velocities(interpolate(noise, end[:, None], t), t, self.policy.encoder(obs))
-        losses = matching_loss(velocity, noise, end, t, rows["mask"], cfg.loss)
+        losses = matching_loss(velocity, noise, end, t, rows["mask"], self.space)
         change = log_ratios(rows["loss"], losses, rows["scale"], cfg.difference_bound, cfg.average_losses)
         ratio = change.exp()
         loss = clipped_loss(ratio, rows["advantage"][:, None].expand_as(ratio), cfg.clip)
