@@ -103,6 +103,11 @@ class FPO(PlainFlowPPO):
         loss = self.config.loss
         return self.policy.config.prediction if loss == "own" else loss
 
+    @property
+    def rows_per_decision(self) -> int:
+        """One for every pair."""
+        return self.config.pairs
+
     @torch.no_grad()
     def decide(self, obs: Obs, generator: torch.Generator) -> Action:
         """A sample of the flow; the chain (B, 1, H, A) holds its end before clipping."""

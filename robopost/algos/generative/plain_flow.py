@@ -41,6 +41,11 @@ class PlainFlowPPO(ChunkPPO):
             )
         return [policy]
 
+    @property
+    def rows_per_decision(self) -> int:
+        """One point."""
+        return 1
+
     def velocity_at(self, obs: Obs, x: Tensor, t: Tensor) -> Tensor:
         """Velocities (M, n, H, A) at the points `x` (M, n, H, A) and times `t` (M, n) of a whole rollout, in blocks."""
         rows = {f"obs/{key}": value for key, value in obs.items()} | {"x": x, "t": t}
