@@ -277,7 +277,7 @@ class ChunkPPO(Algorithm):
     def critic_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step on the critic: mean squared error to the value targets."""
         total = len(rows["returns"])
-        error = torch.zeros((), device=self.device)
+        error = rows["returns"].new_zeros(())
         self._critic_flat.grad.zero_()
         for part in blocks(rows, CACHED_ROWS if self.device.type == "cpu" else total):
             loss = (part["returns"] - self.critic(_obs(part))).square().sum() / total
