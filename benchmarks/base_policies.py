@@ -2,8 +2,8 @@
 """Flow and diffusion policies with MLP, U-Net and transformer backbones: what fine-tuning begins with.
 
 Tasks: the pushing and the placing arm (100 scripted demonstrations of imperfect quality), Push-T from its 5-D state
-(206 human demonstrations), Hopper-v5 (suite set hopper-medium). Averaged weights (EMA) are evaluated from fixed states: in
-the policy's mode, where the chain starts at zero, and sampled. Success in the arms and Push-T, return in Hopper.
+(206 human demonstrations), Hopper-v5 (suite set hopper-medium). Averaged weights (EMA) are evaluated from fixed
+states: in the policy's mode, where the chain starts at zero, and sampled. Success, in Hopper the return.
 
 The policies with the MLP backbone are what `finetune` begins with. All runs stay in data/generative/; a second call
 evaluates what it finds there.
@@ -78,7 +78,9 @@ def run(bench: Bench) -> None:
                     )
                 done = [cell for cell in cells if cell]
                 rows.append({"task": task, "policy": kind, "backbone": backbone} | summary(task, done))
-    caption = f"{episodes} episodes per seed: success, in Hopper the return, with 95 % intervals over episodes."
+    caption = (
+        f"{episodes} episodes per seed: success, in Hopper the return, with 95 % intervals over episodes."
+    )
     bench.table("bases", rows, caption=caption)
 
 
