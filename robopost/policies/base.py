@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -152,7 +153,8 @@ class Policy(nn.Module, ABC):
     @property
     def device(self) -> torch.device:
         """Device of the policy's parameters (or buffers, for a policy that has none)."""
-        for tensor in (*self.parameters(), *self.buffers()):
+        # Lazily: listing all of them takes longer than a small network's forward pass.
+        for tensor in itertools.chain(self.parameters(), self.buffers()):
             return tensor.device
         return torch.device("cpu")
 
