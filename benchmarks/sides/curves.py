@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,12 @@ AXES = (("step", "environment step"), ("cpu", "CPU second"), ("wall", "wall seco
 COLOURS = ("#2563eb", "#d9541e", "#12805c", "#9333ea", "#b7791f", "#0e7490", "#be185d", "#4d5666")
 STYLE = """text{font-family:system-ui,sans-serif;fill:#4d5666}.grid{stroke:#dde2ea}.axis{stroke:#4d5666;opacity:.6}
 .tick{font-size:11.5px}.name{font-size:13px}.head{font-size:13px;font-weight:600}.line{fill:none;stroke:var(--c);
-stroke-width:2.2;stroke-linejoin:round}.thin{display:none}.band{fill:var(--c);opacity:.12}.marks circle{fill:#fff;
+stroke-width:2.2;stroke-linejoin:round}.marks circle{fill:#fff;
 stroke:var(--c);stroke-width:1.5;r:2px}"""
 
 
 def write_plot(task: str, methods: dict[str, list[dict[str, Any]]], metric: str) -> Path:
-    """docs/images/finetune_<task>.svg from the cells of each method: means over seeds with 95 % t intervals."""
+    """docs/images/finetune_<task>.svg from the cells of each method: means over seeds."""
     path = ROOT / "docs" / "images" / f"finetune_{task}.svg"
     path.write_text(plot(task, methods, metric), encoding="utf-8")
     return path
@@ -61,7 +62,7 @@ def plot(task: str, methods: dict[str, list[dict[str, Any]]], metric: str) -> st
 
 
 def curve(name: str, colour: int, cells: list[dict[str, Any]], key: str) -> Curve:
-    """Mean over seeds of the means over episodes."""
+    """Mean over seeds of the means over episodes; seven bands on top of each other would hide it."""
     series = [
         (
             np.array([float(entry[key]) for entry in cell["curve"]]),
@@ -69,4 +70,4 @@ def curve(name: str, colour: int, cells: list[dict[str, Any]], key: str) -> Curv
         )
         for cell in cells
     ]
-    return seed_curve(name, colour, series, None)
+    return replace(seed_curve(name, colour, series, None), low=None, high=None, thin=[])
