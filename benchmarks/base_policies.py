@@ -36,6 +36,7 @@ def measure(task, kind, backbone, seed, updates, demonstrations, episodes):
     for mode, sampled in (("mode", False), ("sampled", True)):
         result = score(task, policy, episodes, sampled=sampled)
         values = result.returns if TASKS[task].metric == "return" else result.successes
+        assert values is not None, f"{task} has a success predicate"
         row |= {mode: float(values.mean()), f"{mode}_values": [float(value) for value in values]}
     return row
 

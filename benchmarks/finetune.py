@@ -81,6 +81,7 @@ def measured(task, policy, episodes, sampled):
     """Success or return of each episode."""
     result = score(task, policy, episodes, sampled=sampled)
     values = result.returns if TASKS[task].metric == "return" else result.successes
+    assert values is not None, f"{task} has a success predicate"
     return [float(value) for value in values]
 
 
