@@ -48,20 +48,18 @@ class Task:
         env: words that make its environment.
         quality: of the scripted demonstrations, None where they come from elsewhere.
         metric: "success" or "return".
-        sampled: evaluate sampled chunks instead of the mode of flow and diffusion policies: demonstrations are noisy.
     """
 
     env: tuple[str, ...]
     quality: float | None
     metric: str = "success"
-    sampled: bool = False
 
 
 TASKS = {
     "arm_push": Task(("env=arm_push", "env.threads=1"), 0.5),
     "arm_pick_place": Task(("env=arm_pick_place", "env.threads=1"), 0.4),
-    "pusht": Task(("env=pusht", "env.initial=diffusion_policy", "env.obs_keys=[state]"), None, sampled=True),
-    "hopper": Task(("env=hopper", "env.threads=1"), None, metric="return", sampled=True),
+    "pusht": Task(("env=pusht", "env.initial=diffusion_policy", "env.obs_keys=[state]"), None),
+    "hopper": Task(("env=hopper", "env.threads=1"), None, metric="return"),
 }
 DEMONSTRATIONS = 100  # episodes of the script
 CLASSES = ("flow", "diffusion")
@@ -141,11 +139,10 @@ def train_base(
     return folder, seconds
 
 
-def score(task: str, policy: Policy | Path, episodes: int, *, sampled: bool | None = None) -> EvalResult:
-    """Evaluate from `EVAL_SEED` on, the same states for every policy."""
+def score(task: str, policy: Policy | Path, episodes: int, *, sampled: bool) -> EvalResult:
+    """Evaluate samples or the mode of a policy from `EVAL_SEED` on, the same states for every policy."""
     policy = load_policy(policy) if isinstance(policy, Path) else policy
-    how = TASKS[task].sampled if sampled is None else sampled
-    return evaluate(policy, env_of(task), episodes=episodes, seed=EVAL_SEED, deterministic=not how)
+    return evaluate(policy, env_of(task), episodes=episodes, seed=EVAL_SEED, deterministic=not sampled)
 
 
 @contextlib.contextmanager
