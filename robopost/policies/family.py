@@ -131,12 +131,12 @@ class Family(Gaussian):
         low, high = self.config.coefficient_low, self.config.coefficient_high
         return low + (high - low) * torch.rand(rows, generator=generator, device=self.device)
 
-    def distribution(self, obs: Obs, augment: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and log-std (B, H, A) of the member that acts."""
+    def output(self, obs: Obs, augment: torch.Generator | None = None) -> Tensor:
+        """Output of `net` for the member that acts."""
         features = self.features(obs, augment)
         with torch.no_grad():
             coefficient = self._mode(features)
-        return self.member(features, coefficient)
+        return self.member_output(features, coefficient)
 
     def _mode(self, features: Tensor) -> Tensor:
         return self.rescale(self.balance(features)[0].tanh())

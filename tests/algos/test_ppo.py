@@ -166,3 +166,30 @@ def test_rollouts_and_policies_that_do_not_fit_are_refused(lab):
         PPOConfig(gae_lambda=1.2)
     with pytest.raises(ConfigError, match=r"normalise_advantage=false"):
         PPOConfig(batch_size=1)
+
+
+@pytest.mark.parametrize("mean_tanh", [False, True])
+@pytest.mark.parametrize("log_std", [0.3, 2.5])  # the second above its bound: no gradient
+def test_closed_form_of_a_constant_std_is_the_gradient_of_the_loss(lab, mean_tanh, log_std):
+    options = {"squash": False, "state_std": False, "mean_tanh": mean_tanh, "log_std_init": log_std}
+    policy = lab.make_policy("gaussian", **options)
+    algo = lab.make("ppo", policy=policy, max_grad_norm=1e9, entropy_coef=0.02, normalise_advantage=False)
+    g = torch.Generator().manual_seed(0)
+    batch = lab.make_rollout(algo)
+    obs = {key: value.flatten(0, 1) for key, value in batch.obs.items()}
+    chain, size = batch.chain.flatten(0, 1), batch.reward.numel()
+    # Ratios on both sides of both bounds, with advantages of both signs.
+    old = policy.log_prob(obs, chain).detach() + 0.5 * torch.randn(size, generator=g)
+    advantage, returns = torch.randn(2, size, generator=g)
+    ratio = (policy.log_prob(obs, chain) - old).exp()
+    loss = clipped_loss(ratio, advantage, 0.2) + 0.5 * (algo.value(obs) - returns).square().mean()
+    loss = loss - 0.02 * policy.entropy(obs).mean()
+    params = [*policy.parameters(), *algo.value.parameters()]
+    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, params)])
+    rows = {"chain": chain, "log_prob": old, "advantage": advantage, "returns": returns}
+    metrics = algo.minibatch_step(rows | {f"obs/{key}": value for key, value in obs.items()})
+    assert ((ratio > 1.2) & (advantage > 0)).any()
+    assert ((ratio < 0.8) & (advantage < 0)).any()
+    assert torch.allclose(algo._flat.grad, expected, atol=1e-6)
+    assert (algo._flat.grad[: policy.size] == 0).all() == (log_std > 2)
+    assert metrics["loss/actor"] == pytest.approx(clipped_loss(ratio, advantage, 0.2).item(), abs=1e-6)

@@ -7,6 +7,7 @@ Defaults are those of stable-baselines3's PPO for continuous actions. Advantages
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,11 @@ from robopost.errors import ConfigError, DataError
 from robopost.nets.flat import Flat, adam, set_lr, step_where
 from robopost.nets.value import ValueNet
 from robopost.policies.base import Policy
+from robopost.policies.gaussian import HALF_LOG_2PI, Gaussian
 from robopost.registry import ALGOS
+
+# From a gradient (B,) in log-probabilities to pairs of a tensor with a graph and the gradient in it.
+Pull = Callable[[Tensor], list[tuple[Tensor, Tensor]]]
 
 
 @dataclass
@@ -92,6 +97,30 @@ def gae(
 def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """-E[min(r A, clip(r, 1 - eps, 1 + eps) A)] (Schulman et al. 2017, eq. 7)."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).mean()
+
+
+def clipped_slope(ratio: Tensor, advantage: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """`clipped_loss`, and its gradient (B,) in the log-probabilities behind `ratio`."""
+    gain, bounded = ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage
+    # Where the clipped term is the smaller one, the loss doesn't depend on the ratio; elsewhere dr / d log pi = r.
+    slope = torch.where(gain <= bounded, gain, 0.0) / -len(gain)
+    return -torch.minimum(gain, bounded).mean(), slope
+
+
+def gaussian_log_prob(chain: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-density (B,) of a Gaussian with one std for all states, and what its gradients are made of.
+
+    Args:
+        chain: (B, A) the samples.
+        mean: (B, A).
+        log_std: (A,).
+
+    Returns:
+        log-density, its gradients (B, A) in the mean, and the samples (B, A) in units of the std.
+    """
+    inverse = (-log_std).exp()
+    error = (chain - mean) * inverse
+    return (-0.5 * error.square() - log_std - HALF_LOG_2PI).sum(1), error * inverse, error
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
@@ -211,29 +240,57 @@ class PPO(Algorithm):
         """One gradient step on policy and value; a pure function of the minibatch."""
         cfg = self.config
         obs = {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
-        log_prob = self.policy.log_prob(obs, rows["chain"])
-        log_ratio = log_prob - rows["log_prob"]
-        ratio = log_ratio.exp()
-        advantage = normalise(rows["advantage"]) if cfg.normalise_advantage else rows["advantage"]
-        policy_loss = clipped_loss(ratio, advantage, cfg.clip)
-        value_loss = (rows["returns"] - self.value(obs)).square().mean()
-        loss = policy_loss + cfg.value_coef * value_loss
-        if cfg.entropy_coef:
-            exact = getattr(self.policy, "entropy", None)
-            loss = loss - cfg.entropy_coef * (exact(obs) if exact is not None else -log_prob).mean()
-        self._flat.backward(loss)
-        self._flat.clip(cfg.max_grad_norm)
+        log_prob, pull = self._log_prob(obs, rows["chain"])
+        value = self.value(obs)
         with torch.no_grad():
+            log_ratio = log_prob - rows["log_prob"]
+            ratio = log_ratio.exp()
+            advantage = normalise(rows["advantage"]) if cfg.normalise_advantage else rows["advantage"]
+            policy_loss, slope = clipped_slope(ratio, advantage, cfg.clip)
+            error = value - rows["returns"]
             kl = approximate_kl(log_ratio)
             clipped = ((ratio - 1).abs() > cfg.clip).float().mean()
+        outputs, slopes = [value], [error * (2 * cfg.value_coef / len(error))]
+        if cfg.entropy_coef:
+            exact = getattr(self.policy, "entropy", None)
+            if exact is None:
+                slope = slope + cfg.entropy_coef / len(slope)
+            else:
+                outputs.append(exact(obs).mean())
+                slopes.append(torch.full_like(policy_loss, -cfg.entropy_coef))
+        for output, gradient in pull(slope):
+            outputs.append(output)
+            slopes.append(gradient)
+        self._flat.pull_back(outputs, slopes)
+        self._flat.clip(cfg.max_grad_norm)
         if cfg.target_kl:
             self._keep.logical_and_(kl <= 1.5 * cfg.target_kl)
             step_where(self.optimizer, self._flat, self._keep)
         else:
             self.optimizer.step()
         return {
-            "loss/actor": policy_loss.detach(),
-            "loss/value": value_loss.detach(),
+            "loss/actor": policy_loss,
+            "loss/value": error.square().mean(),
             "policy/kl": kl,
             "policy/clip_fraction": clipped,
         }
+
+    def _log_prob(self, obs: Obs, chain: Tensor) -> tuple[Tensor, Pull]:
+        """Log-probability (B,), and what takes a gradient in it back to outputs of the policy's network.
+
+        A Gaussian with one std for all states has a closed form: a third of the operations of its graph.
+        """
+        policy = self.policy
+        if not (isinstance(policy, Gaussian) and policy.constant_std):
+            log_prob = policy.log_prob(obs, chain)
+            return log_prob.detach(), lambda slope: [(log_prob, slope)]
+        mean, log_std = policy.constant_head(policy.output(obs))
+        with torch.no_grad():
+            log_prob, in_mean, error = gaussian_log_prob(chain.flatten(1), mean, log_std)
+
+        def pull(slope: Tensor) -> list[tuple[Tensor, Tensor]]:
+            column = slope.unsqueeze(1)
+            in_log_std = (column * error.square()).sum(0) - slope.sum()
+            return [(mean, column * in_mean), (log_std, in_log_std)]
+
+        return log_prob, pull
