@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -92,9 +93,10 @@ class VecEnv:
         reward = np.asarray(reward, dtype=np.float32)
         terminated, truncated = np.asarray(terminated, bool), np.asarray(truncated, bool)
         done = terminated | truncated
-        true_next = self._final(obs, info, done) if done.any() else obs
+        ended = bool(done.any())
+        true_next = self._final(obs, info, done) if ended else obs
         self._check("observation", true_next)
-        if not np.isfinite(reward).all():
+        if not math.isfinite(reward.sum()) and not np.isfinite(reward).all():
             raise EnvError(
                 f"reward is {reward[~np.isfinite(reward)][0]} in environment {_first(~np.isfinite(reward))}"
             )
@@ -105,7 +107,7 @@ class VecEnv:
             }
             next_obs = rolled
             self._stack = rolled
-            if done.any():
+            if ended:
                 self._stack = {key: value.copy() for key, value in rolled.items()}
                 for key, value in self._stack.items():
                     value[done] = obs[key][done][:, None]
@@ -113,7 +115,7 @@ class VecEnv:
         success = info.get("success", info.get("is_success"))
         if success is not None:
             success = np.asarray(success).astype(bool)
-        if done.any() and "final_info" in info:
+        if ended and "final_info" in info:
             success = _final_success(success, info, done)
         return Step(obs, next_obs, reward, terminated, truncated, success)
 
@@ -179,7 +181,7 @@ class VecEnv:
     def _check(self, what: str, obs: Arrays) -> None:
         for key, value in obs.items():
             # A finite sum is far cheaper than isfinite().all() and misses nothing that matters at float32 sizes.
-            if value.dtype.kind == "f" and not np.isfinite(value.sum()):
+            if value.dtype.kind == "f" and not math.isfinite(value.sum()):
                 bad = np.asarray(~np.isfinite(value).reshape(len(value), -1).all(axis=1))
                 if bad.any():
                     raise EnvError(f"{what} {key!r} holds NaN or infinity in environment {_first(bad)}")

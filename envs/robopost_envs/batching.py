@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,7 +41,7 @@ def check_actions(actions: Any, num_envs: int, size: int) -> np.ndarray:
     if actions.dtype.kind != "f":
         actions = actions.astype(np.float32)
     # A finite sum is far cheaper than isfinite().all(); details are looked up only when it is not.
-    if not np.isfinite(actions.sum()):
+    if not math.isfinite(actions.sum()):
         bad = np.argwhere(~np.isfinite(actions))
         if len(bad):
             i, j = bad[0]

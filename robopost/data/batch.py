@@ -117,6 +117,8 @@ class Batch:
 
 def bootstrap_discount(terminated: Tensor, gamma: float, steps: Tensor | int = 1) -> Tensor:
     """`gamma^k` where the episode goes on or was cut by a time limit, 0 where it terminated. Shape of `terminated`."""
+    if isinstance(steps, int) and steps == 1:
+        return torch.where(terminated, 0.0, gamma)
     power = torch.as_tensor(gamma, dtype=torch.float32, device=terminated.device) ** steps
     return torch.where(terminated, torch.zeros((), device=terminated.device), power)
 

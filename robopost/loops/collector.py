@@ -60,7 +60,7 @@ class Collector:
         self._length += 1
         if step.success is not None:
             self._success |= step.success
-        for i in np.flatnonzero(step.done):
+        for i in step.done.nonzero()[0]:
             figures = {"train/return": float(self._return[i]), "train/length": float(self._length[i])}
             if step.success is not None:
                 figures["train/success"] = float(self._success[i])

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
-from robopost.data.batch import Batch, bootstrap_discount, stack
+from robopost.data.batch import Batch, Obs, bootstrap_discount
 from robopost.data.dataset import Dataset
 from robopost.data.mixture import check_same_task
 from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.decisions import collect_decisions
 from robopost.loops.run import Files, Run, crossed
-from robopost.policies.base import EPISODE_STEP
-from robopost.vector import VecEnv, make_vec, to_torch
+from robopost.policies.base import EPISODE_STEP, Action
+from robopost.vector import Arrays, VecEnv, make_vec, to_torch
 
 
 def run_onpolicy(run: Run) -> None:
@@ -107,29 +109,63 @@ def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
     # One scale for recorded and new experience.
     scale, shift = (data.reward_scale, data.reward_shift) if data.path else (1.0, 0.0)
     rows: list[Batch] = []
+    taken: list[_Taken] = []
     for step_index in range(steps):
         if crossed((step_index - 1) * copies, step_index * copies, refresh):
             began = time.perf_counter()
+            rows += [item.row(run.device, algo.needs.gamma) for item in taken[len(rows) :]]
             policy = algo.behaviour(rows)
             run.add_time("time/behaviour", time.perf_counter() - began)
         obs = to_torch(collector.obs, run.device)
         if policy.reads_step:
             obs |= {EPISODE_STEP: torch.from_numpy(collector.length.copy()).to(run.device)}
         action = policy.act(obs, generator=run.generators["policy"])
-        executed = action.chunk[:, 0]
-        step = collector.step(executed.cpu().numpy())
-        terminated = torch.from_numpy(step.terminated).to(run.device)
-        rows.append(
-            Batch(
-                obs=obs,
-                action=executed,
-                reward=torch.from_numpy(step.reward * scale + shift).to(run.device),
-                next_obs=to_torch(step.next_obs, run.device),
-                terminated=terminated,
-                truncated=torch.from_numpy(step.truncated).to(run.device),
-                discount=bootstrap_discount(terminated, algo.needs.gamma),
-                chain=action.chain,
-                log_prob=action.log_prob,
-            )
+        step = collector.step(action.chunk[:, 0].cpu().numpy())
+        taken.append(
+            _Taken(obs, action, step.next_obs, step.reward * scale + shift, step.terminated, step.truncated)
         )
-    return stack(rows)
+    return _joined(taken).row(run.device, algo.needs.gamma)
+
+
+@dataclass
+class _Taken:
+    """One vector step, or all of a rollout: what the policy saw and did, and the environment's answer, as it came."""
+
+    obs: Obs
+    action: Action
+    next_obs: Arrays
+    reward: np.ndarray
+    terminated: np.ndarray
+    truncated: np.ndarray
+
+    def row(self, device: torch.device, gamma: float) -> Batch:
+        """As a batch on `device`."""
+        terminated = torch.from_numpy(self.terminated).to(device)
+        return Batch(
+            obs=self.obs,
+            action=self.action.chunk.select(-2, 0),
+            reward=torch.from_numpy(self.reward).to(device),
+            next_obs=to_torch(self.next_obs, device),
+            terminated=terminated,
+            truncated=torch.from_numpy(self.truncated).to(device),
+            discount=bootstrap_discount(terminated, gamma),
+            chain=self.action.chain,
+            log_prob=self.action.log_prob,
+        )
+
+
+def _joined(taken: list[_Taken]) -> _Taken:
+    """All steps of a rollout, (T, N, ...): a few copies to the device instead of a few per step."""
+    first = taken[0]
+    join = lambda name: np.stack([getattr(item, name) for item in taken])  # noqa: E731
+    chunks, log_probs, chains = zip(
+        *((a.chunk, a.log_prob, a.chain) for a in (item.action for item in taken)), strict=True
+    )
+    return _Taken(
+        {key: torch.stack([item.obs[key] for item in taken]) for key in first.obs},
+        Action(torch.stack(chunks), torch.stack(log_probs), torch.stack(chains)),
+        {key: np.stack([item.next_obs[key] for item in taken]) for key in first.next_obs},
+        join("reward"),
+        join("terminated"),
+        join("truncated"),
+    )

@@ -88,16 +88,16 @@ def preferred() -> bool:
 
 def usable(net: nn.Sequential, x: Tensor) -> bool:
     """True when `net` is a ReLU perceptron and `x` (B, in), and seeds are stacked or it is large, float32, on CPU."""
-    if _stacked:
-        return x.dim() == 2 and _is_perceptron(net)
-    if x.dim() != 2 or not _slow_mkl(x) or torch.compiler.is_compiling():
+    if x.dim() != 2 or not _is_perceptron(net):
         return False
-    return _is_perceptron(net) and _large(x.shape[0], parameters(net)[::2])
+    if _stacked:
+        return True
+    return _slow_mkl(x) and not torch.compiler.is_compiling() and _large(x.shape[0], parameters(net)[::2])
 
 
 def _slow_mkl(x: Tensor) -> bool:
     """True where oneDNN is the faster library for products of `x`."""
-    if x.dtype != torch.float32 or x.device.type != "cpu":
+    if x.dtype != torch.float32 or not x.is_cpu:
         return False
     return preferred() if _override is None else _override and available()
 
@@ -105,7 +105,7 @@ def _slow_mkl(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer in the faster library: x (..., in), weight (out, in), bias (out,) to (..., out)."""
     rows = x.numel() // x.shape[-1]
-    if _stacked or torch.compiler.is_compiling() or not _slow_mkl(x) or not _large(rows, [weight]):
+    if not _large(rows, [weight]) or _stacked or torch.compiler.is_compiling() or not _slow_mkl(x):
         return nn.functional.linear(x, weight, bias)
     flat = x.reshape(rows, x.shape[-1])
     out = (
@@ -115,9 +115,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def sequential(net: nn.Module, x: Tensor) -> Tensor:
-    """Evaluate `net` with `linear` for its linear layers."""
-    for layer in net.children():
-        x = linear(x, layer.weight, layer.bias) if isinstance(layer, nn.Linear) else layer(x)
+    """Evaluate `net` with `linear` for its linear layers.
+
+    Its layers are called without a look for hooks, which takes as long as a small layer.
+    """
+    for layer in net._modules.values():
+        if isinstance(layer, nn.Linear):
+            x = linear(x, layer.weight, layer.bias)
+        elif layer is not None:
+            x = layer.forward(x)
     return x
 
 

@@ -98,11 +98,10 @@ class Normaliser(nn.Module):
     def obs(self, obs: Obs) -> Obs:
         """Normalise the float keys of `obs`; a history dimension broadcasts."""
         out = dict(obs)
+        maps: Any = self._buffers
         for key in self.keys:
             if key in out:
-                out[key] = (out[key].float() - getattr(self, f"obs_shift_{key}")) / getattr(
-                    self, f"obs_scale_{key}"
-                )
+                out[key] = (out[key].float() - maps[f"obs_shift_{key}"]) / maps[f"obs_scale_{key}"]
         return out
 
     def action(self, action: Tensor) -> Tensor:
@@ -111,8 +110,8 @@ class Normaliser(nn.Module):
 
     def unnormalise_action(self, action: Tensor) -> Tensor:
         """Normalised units to environment units, clipped to the bounds: the action that is executed."""
-        raw = action * self.action_scale + self.action_shift
-        return torch.minimum(torch.maximum(raw, self.action_low), self.action_high)
+        raw = torch.addcmul(self.action_shift, action, self.action_scale)
+        return raw.clamp(self.action_low, self.action_high)
 
     def batch(self, batch: Batch) -> Batch:
         """Normalise obs, next_obs and action of a batch: what `Algorithm.update` receives."""

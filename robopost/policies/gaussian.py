@@ -120,19 +120,20 @@ class Gaussian(Policy):
         if cfg.mean_tanh:
             mean = mean.tanh()
         shape = (self.horizon, self.spec.action_dim)
-        return mean.unflatten(-1, shape), log_std.unflatten(-1, shape)
+        return torch.unflatten(mean, -1, shape), torch.unflatten(log_std, -1, shape)
 
     def sample(
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Reparameterised sample (gradients flow into mean and std); the mean when `deterministic`."""
         mean, log_std = self.distribution(obs)
-        pre = mean
-        if not deterministic:
+        if deterministic:
+            pre, noise = mean, torch.zeros_like(mean)
+        else:
             noise = torch.randn(mean.shape, generator=generator, device=mean.device, dtype=mean.dtype)
-            pre = mean + log_std.exp() * noise
+            pre = torch.addcmul(mean, log_std.exp(), noise)
         chunk = pre.tanh() if self.config.squash else pre
-        return chunk, self._density(pre, mean, log_std).sum((1, 2)), pre.unsqueeze(1)
+        return chunk, self._sample_density(pre, noise, log_std).sum((1, 2)), pre.unsqueeze(1)
 
     def draw(self, mean: Tensor, log_std: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Reparameterised samples from one evaluation of `distribution`, several per observation.
@@ -146,7 +147,7 @@ class Gaussian(Policy):
             (actions (B, n, A), their log-densities (B, n)).
         """
         pre = mean + log_std.exp() * noise
-        return pre.tanh() if self.config.squash else pre, self._density(pre, mean, log_std).sum(-1)
+        return pre.tanh() if self.config.squash else pre, self._sample_density(pre, noise, log_std).sum(-1)
 
     def log_prob(self, obs: Obs, chain: Tensor) -> Tensor:
         """Log-density (B,) of `chain` (B, 1, H, A), the sample before tanh."""
@@ -186,10 +187,20 @@ class Gaussian(Policy):
         density = tanh_normal_log_density if self.config.squash else normal_log_density
         return density(pre, mean, log_std)
 
+    def _sample_density(self, pre: Tensor, noise: Tensor, log_std: Tensor) -> Tensor:
+        """`_density` of `pre` = mean + std * noise."""
+        density = standard_log_density(noise, log_std)
+        return density - tanh_log_slope(pre) if self.config.squash else density
+
 
 def normal_log_density(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-density of a Gaussian, elementwise."""
-    return -0.5 * ((x - mean) * (-log_std).exp()).square() - log_std - HALF_LOG_2PI
+    return standard_log_density((x - mean) * (-log_std).exp(), log_std)
+
+
+def standard_log_density(noise: Tensor, log_std: Tensor) -> Tensor:
+    """Log-density of mean + std * noise, elementwise, whatever the mean."""
+    return torch.addcmul(-HALF_LOG_2PI - log_std, noise, noise, value=-0.5)
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, new_mean: Tensor, new_log_std: Tensor) -> Tensor:
@@ -203,6 +214,9 @@ def gaussian_kl(mean: Tensor, log_std: Tensor, new_mean: Tensor, new_log_std: Te
 
 def tanh_normal_log_density(pre: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
     """Log-density of tanh(pre) where `pre` is Gaussian, elementwise."""
-    # log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), exact where 1 - tanh^2 underflows.
-    log_slope = 2 * (math.log(2) - pre - nn.functional.softplus(-2 * pre))
-    return normal_log_density(pre, mean, log_std) - log_slope
+    return normal_log_density(pre, mean, log_std) - tanh_log_slope(pre)
+
+
+def tanh_log_slope(pre: Tensor) -> Tensor:
+    """log(1 - tanh(x)^2) = 2 (log 2 - x - softplus(-2x)), exact where 1 - tanh^2 underflows."""
+    return 2 * (math.log(2) - pre - nn.functional.softplus(-2 * pre))

@@ -86,11 +86,13 @@ def gae(
     """
     delta = reward + discount * next_value - value
     keep = trace * (~done).to(delta.dtype)
-    advantage = torch.empty_like(delta)
     running = torch.zeros_like(delta[0])
-    for t in reversed(range(len(delta))):
-        running = torch.addcmul(delta[t], keep[t], running)
-        advantage[t] = running
+    advantages = []
+    # One operation per step: indexing tensors in the loop would take longer than the sum.
+    for step_delta, step_keep in zip(reversed(delta.unbind()), reversed(keep.unbind()), strict=True):
+        running = torch.addcmul(step_delta, step_keep, running)
+        advantages.append(running)
+    advantage = torch.stack(advantages[::-1])
     return advantage, advantage + value
 
 
@@ -206,9 +208,10 @@ class PPO(Algorithm):
         count = 0
         for _ in range(cfg.epochs):
             order = torch.randperm(total, generator=self.generator, device=self.device)
-            shuffled = {key: value.index_select(0, order) for key, value in data.items()}
-            for start in range(0, total - cfg.batch_size + 1, cfg.batch_size):
-                rows = {key: value[start : start + cfg.batch_size] for key, value in shuffled.items()}
+            whole = order[: total - total % cfg.batch_size]
+            columns = [value.index_select(0, whole).split(cfg.batch_size) for value in data.values()]
+            for parts in zip(*columns, strict=True):
+                rows = dict(zip(data, parts, strict=True))
                 for key, value in self.minibatch_step(rows).items():
                     sums[key] = sums[key] + value if key in sums else value
                 count += 1
