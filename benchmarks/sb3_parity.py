@@ -15,88 +15,13 @@ Every run is a cell of its own, so that the table can be filled over several sit
 `robopost bench sb3_parity --tier small --cells 'ppo/Hopper-v5/*'`.
 """
 
-import tempfile
-import time
-from pathlib import Path
-
-import gymnasium as gym
 import numpy as np
-import torch
+from sides.sb3 import ours, theirs
 
-from robopost.artefacts.checkpoint import load_policy
 from robopost.bench import Bench
-from robopost.compose import compose
-from robopost.errors import MissingExtraError
-from robopost.evaluate.rollout import evaluate
-from robopost.loops import train
 
 CASES = (("ppo", "Hopper-v5"), ("ppo", "HalfCheetah-v5"), ("sac", "HalfCheetah-v5"))
-EVAL_SEED = 10_000
 FIRST_SEEDS = 6  # of PPO, measured before the number of seeds was raised
-SETTINGS = {
-    "ppo": [
-        "algo=ppo",
-        "policy=gaussian",
-        "policy.hidden=[64,64]",
-        "policy.activation=tanh",
-        "policy.init=orthogonal",
-        "policy.squash=false",
-        "policy.state_std=false",
-    ],
-    "sac": ["algo=sac", "policy=gaussian"],
-}
-
-
-def ours(algo, task, seed, steps, episodes):
-    """Train through the public API and evaluate the saved policy."""
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "run"
-        words = [*SETTINGS[algo], f"env={task}", "env.num_envs=1", f"seed={seed}", f"loop.steps={steps}"]
-        words += [f"loop.log_every={max(1, steps // 20)}", "loop.eval_episodes=1", f"out={out}", "device=cpu"]
-        words += [f"accel.threads={torch.get_num_threads()}", "track.tensorboard=false"]
-        config = compose(words)
-        began = time.perf_counter()
-        train(config)
-        seconds = time.perf_counter() - began
-        result = evaluate(load_policy(out), config.env, episodes=episodes, seed=EVAL_SEED)
-    return summary(np.asarray(result.returns), seconds)
-
-
-def theirs(algo, task, seed, steps, episodes):
-    """Train stable-baselines3 with its defaults and evaluate on the same start states."""
-    try:
-        import stable_baselines3 as library
-    except ImportError as error:
-        raise MissingExtraError(
-            "stable_baselines3 is not installed. Fix: pip install stable-baselines3"
-        ) from error
-    env = gym.make(task)
-    model = getattr(library, algo.upper())("MlpPolicy", env, seed=seed, device="cpu")
-    began = time.perf_counter()
-    model.learn(steps)
-    seconds = time.perf_counter() - began
-    returns = []
-    for episode in range(episodes):
-        obs, _ = env.reset(seed=EVAL_SEED + episode)
-        total, done = 0.0, False
-        while not done:
-            action, _ = model.predict(obs, deterministic=True)
-            obs, reward, terminated, truncated, _ = env.step(action)
-            total += float(reward)
-            done = terminated or truncated
-        returns.append(total)
-    env.close()
-    return summary(np.asarray(returns), seconds)
-
-
-def summary(returns, seconds):
-    """Cell form of one run."""
-    return {
-        "return_mean": float(returns.mean()),
-        "return_std": float(returns.std()),
-        "returns": [float(value) for value in returns],
-        "train_seconds": seconds,
-    }
 
 
 def resampled_ratio(ours, theirs, draws=4000):
@@ -132,7 +57,7 @@ def run(bench: Bench) -> None:
             for seed in range(seeds[algo]):
 
                 def measure(side=side, seed=seed, algo=algo, task=task):
-                    return side(algo, task, seed, steps[algo], episodes)
+                    return side(algo, task, 1, seed, steps[algo], episodes)
 
                 key = f"{algo}/{task}/{side.__name__}/seed{seed}"
                 params = {"steps": steps[algo], "episodes": episodes}
