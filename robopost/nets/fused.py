@@ -105,7 +105,7 @@ def _slow_mkl(x: Tensor) -> bool:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer in the faster library: x (..., in), weight (out, in), bias (out,) to (..., out)."""
     rows = x.numel() // x.shape[-1]
-    if not _large(rows, [weight]) or _stacked or torch.compiler.is_compiling() or not _slow_mkl(x):
+    if rows * weight.numel() < MIN_WORK or _stacked or torch.compiler.is_compiling() or not _slow_mkl(x):
         return nn.functional.linear(x, weight, bias)
     flat = x.reshape(rows, x.shape[-1])
     out = (
@@ -115,13 +115,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def sequential(net: nn.Module, x: Tensor) -> Tensor:
-    """Evaluate `net` with `linear` for its linear layers.
-
-    Its layers are called without a look for hooks, which takes as long as a small layer.
-    """
+    """Evaluate `net` with `linear` for its linear layers; without `nn.Module`'s detours, as long as a small layer."""
     for layer in net._modules.values():
         if isinstance(layer, nn.Linear):
-            x = linear(x, layer.weight, layer.bias)
+            x = linear(x, layer._parameters["weight"], layer._parameters["bias"])  # type: ignore[arg-type]
         elif layer is not None:
             x = layer.forward(x)
     return x

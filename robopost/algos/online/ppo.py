@@ -20,7 +20,7 @@ from robopost.errors import ConfigError, DataError
 from robopost.nets.flat import Flat, adam, set_lr, step_where
 from robopost.nets.value import ValueNet
 from robopost.policies.base import Policy
-from robopost.policies.gaussian import HALF_LOG_2PI, Gaussian
+from robopost.policies.gaussian import Gaussian, standard_log_density
 from robopost.registry import ALGOS
 
 # From a gradient (B,) in log-probabilities to pairs of a tensor with a graph and the gradient in it.
@@ -122,7 +122,7 @@ def gaussian_log_prob(chain: Tensor, mean: Tensor, log_std: Tensor) -> tuple[Ten
     """
     inverse = (-log_std).exp()
     error = (chain - mean) * inverse
-    return (-0.5 * error.square() - log_std - HALF_LOG_2PI).sum(1), error * inverse, error
+    return standard_log_density(error, log_std).sum(1), error * inverse, error
 
 
 def approximate_kl(log_ratio: Tensor) -> Tensor:
@@ -292,8 +292,6 @@ class PPO(Algorithm):
             log_prob, in_mean, error = gaussian_log_prob(chain.flatten(1), mean, log_std)
 
         def pull(slope: Tensor) -> list[tuple[Tensor, Tensor]]:
-            column = slope.unsqueeze(1)
-            in_log_std = (column * error.square()).sum(0) - slope.sum()
-            return [(mean, column * in_mean), (log_std, in_log_std)]
+            return [(mean, slope.unsqueeze(1) * in_mean), (log_std, slope @ (error.square() - 1))]
 
         return log_prob, pull
