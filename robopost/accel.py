@@ -10,9 +10,11 @@ plain Python.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
@@ -55,6 +57,23 @@ def keep_memory() -> bool:
         return False
     trim, largest = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
     return bool(mallopt(trim, 256 << 20) and mallopt(largest, 32 << 20))
+
+
+@contextmanager
+def startup_frozen() -> Iterator[None]:
+    """Within this context Python's cycle collector leaves alone what exists at its start.
+
+    Libraries keep some 350,000 objects alive. Every few thousand environment steps the collector would look at all of
+    them, 0.2 s that find nothing: a tenth of the time of PPO with one environment.
+    """
+    if gc.get_freeze_count():  # the caller's own business then
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def resolve(mode: str, device: torch.device) -> str:

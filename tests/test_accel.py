@@ -1,13 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Acceleration: modes, errors, and equality of accelerated and plain updates."""
 
+import gc
 import importlib.util
 from pathlib import Path
 
 import pytest
 import torch
 
-from robopost.accel import CudaGraph, accelerate, configure, keep_memory, leaves, map_tensors, resolve
+from robopost.accel import (
+    CudaGraph,
+    accelerate,
+    configure,
+    keep_memory,
+    leaves,
+    map_tensors,
+    resolve,
+    startup_frozen,
+)
 from robopost.config import AccelConfig
 from robopost.errors import ConfigError, DataError
 
@@ -120,3 +130,19 @@ def test_captured_updates_equal_eager_ones(name):
     captured.load_state_dict(state)
     assert not any(isinstance(v, CudaGraph) and v.captured for v in vars(captured).values())
     captured.update(lab.make_batch(seed=99).to(device))
+
+
+def test_startup_objects_are_left_alone_only_within_the_context_and_only_once():
+    @startup_frozen()
+    def fails():
+        frozen = gc.get_freeze_count()
+        assert frozen > 1000
+        with startup_frozen():  # somebody else's freeze stays his
+            pass
+        assert gc.get_freeze_count() == frozen
+        raise ValueError("inside")
+
+    assert gc.get_freeze_count() == 0
+    with pytest.raises(ValueError, match="inside"):
+        fails()
+    assert gc.get_freeze_count() == 0

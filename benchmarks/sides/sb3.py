@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from robopost.accel import configure
+from robopost.accel import configure, startup_frozen
 from robopost.artefacts.checkpoint import load_policy
 from robopost.compose import compose
 from robopost.errors import MissingExtraError
@@ -227,7 +227,8 @@ def our_turns(pipe: Connection, algo: str, task: str, num_envs: int, cpus: int =
         try:
             run.clock.turn()
             run.end = run.clock.steps
-            LOOPS["onpolicy" if algo == "ppo" else "offpolicy"](run)
+            with startup_frozen():  # as in `train`
+                LOOPS["onpolicy" if algo == "ppo" else "offpolicy"](run)
         except Stop:
             pass
         finally:

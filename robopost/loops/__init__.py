@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from robopost.accel import configure
+from robopost.accel import configure, startup_frozen
 from robopost.config import TrainConfig
 from robopost.errors import ConfigError
 from robopost.loops.offline import check_online, run_offline
@@ -25,6 +25,7 @@ LOOPS: dict[str, Callable[[Run], None]] = {
 }
 
 
+@startup_frozen()
 def train(config: TrainConfig, command: str = "") -> Path:
     """Train as `config` says, going on from the run folder's latest checkpoint if there is one.
 

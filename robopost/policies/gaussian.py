@@ -200,7 +200,7 @@ def normal_log_density(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 def standard_log_density(noise: Tensor, log_std: Tensor) -> Tensor:
     """Log-density of mean + std * noise, elementwise, whatever the mean."""
-    return torch.addcmul(-HALF_LOG_2PI - log_std, noise, noise, value=-0.5)
+    return torch.addcmul(-log_std - HALF_LOG_2PI, noise, noise, value=-0.5)
 
 
 def gaussian_kl(mean: Tensor, log_std: Tensor, new_mean: Tensor, new_log_std: Tensor) -> Tensor:
