@@ -51,11 +51,15 @@ BUDGET = {
     "pusht": (150_400, 90, 10, 100),
     "hopper": (200_000, 60, 10, 50),
 }
-# Off-policy methods take several copies of the environment and fewer updates per step than their recipes, or 200,000
-# steps would take hours.
+# Off-policy methods take several copies of the environment and fewer updates per step than their recipes, ResFiT also
+# the smaller critics of its arm recipes, or 200,000 steps would take hours.
 OFF_POLICY = ["env.num_envs=8", "algo.updates_per_step=0.25"]
 CHANGES = {(task, method): OFF_POLICY for task in BUDGET for method in ("resfit", "sac")}
-CHANGES["pusht", "resfit"] = [*OFF_POLICY, "data.reward_shift=-1"]  # as the other methods
+CHANGES |= {
+    (task, "resfit"): [*OFF_POLICY, "algo.batch_size=64", "algo.hidden=[96,96]"]
+    for task in ("pusht", "hopper")
+}
+CHANGES["pusht", "resfit"] += ["data.reward_shift=-1"]  # as the other methods
 TARGETS = {"reinflow": 0.1, "dppo": 0.1, "policyflow": 0.1, "fpo": 0.05}
 
 
