@@ -9,13 +9,16 @@ from pathlib import Path
 
 import pytest
 
+from robopost.artefacts.checkpoint import policy_files, save_folder
 from robopost.cli import collect as record
 from robopost.cli import eval as evaluate
 from robopost.cli import train
 from robopost.compose import REGISTRIES, compose, from_dict, options, override, to_dict
 from robopost.config import EnvConfig, TrainConfig
 from robopost.config_files import config_dir, file_options, search_dirs, summary
+from robopost.data.batch import Spec
 from robopost.errors import ConfigError
+from robopost.policies.flow import Flow, FlowConfig
 from robopost.registry import ALGOS, ENVS, POLICIES
 
 DIRS = search_dirs()
@@ -235,7 +238,7 @@ def commands():
 
 
 @pytest.mark.parametrize(("name", "rest"), commands())
-def test_documented_commands_compose(name, rest):
+def test_documented_commands_compose(name, rest, tmp_path, monkeypatch):
     words = [word for word in shlex.split(rest) if not word.startswith("-")]
     if "<" in rest or "my_configs" in rest:
         pytest.skip("names something of the reader's")
@@ -244,4 +247,10 @@ def test_documented_commands_compose(name, rest):
             assert not Path(word[4:]).is_absolute(), "examples write below the working folder"
     if name == "collect" and any(word.startswith("suite=") for word in words):
         words.append("out=")  # a suite knows its folder; see `robopost.cli.collect`
+    monkeypatch.chdir(tmp_path)
+    for word in words:
+        if word.startswith("policy.path="):  # composing reads what kind of policy it is
+            spec = Spec({"state": ((3,), "float32")}, 2, (-1.0, -1.0), (1.0, 1.0))
+            policy = Flow(FlowConfig(horizon=4, width=16, depth=1), spec)
+            save_folder(tmp_path / word.removeprefix("policy.path="), policy_files(policy))
     compose(words, name)
