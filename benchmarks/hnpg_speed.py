@@ -35,7 +35,7 @@ from robopost.data.batch import Spec
 from robopost.data.dataset import Dataset
 from robopost.interleave import interleave
 from robopost.loops.collector import Collector
-from robopost.loops.onpolicy import _rollout
+from robopost.loops.onpolicy import collect_steps
 from robopost.loops.run import Run
 from robopost.nets.rows import Regression, Rows, StackedQ
 from robopost.policies.gaussian import gaussian_kl, normal_log_density
@@ -66,7 +66,7 @@ def ours(horizon: int, episodes: int, folder: Path):
     collector.start(None)
 
     def iterate():
-        batch = _rollout(collector, algo, algo.needs.rollout_steps)
+        batch = collect_steps(collector, algo, algo.needs.rollout_steps)
         run.record(algo.update(algo.policy.normaliser.batch(batch)))
 
     return iterate

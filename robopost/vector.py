@@ -14,7 +14,7 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from robopost.config import EnvConfig
-from robopost.data.batch import Spec
+from robopost.data.batch import Spec, below
 from robopost.errors import EnvError
 from robopost.registry import ENVS
 
@@ -126,9 +126,8 @@ class VecEnv:
 
     def set_state(self, state: Arrays) -> None:
         """Restore `get_state` output."""
-        split = lambda prefix: {k[len(prefix) :]: v for k, v in state.items() if k.startswith(prefix)}  # noqa: E731
-        cast(Any, self.env).set_state(split("env/"))
-        self._stack = split("stack/")
+        cast(Any, self.env).set_state(below(state, "env/"))
+        self._stack = below(state, "stack/")
 
     def render(self, indices: Sequence[int] | None = None) -> list[np.ndarray]:
         """RGB frames (H, W, 3) uint8 of the environments in `indices` (default all)."""

@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from robopost.errors import DataError
 
 Obs = dict[str, Tensor]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,11 @@ def stack(rows: Sequence[Batch]) -> Batch:
                 key: torch.stack([getattr(row, item.name)[key] for row in rows]) for key in first
             }
     return Batch(**joined)
+
+
+def below(columns: Mapping[str, T], prefix: str) -> dict[str, T]:
+    """The entries whose names begin with `prefix`, without it."""
+    return {key[len(prefix) :]: value for key, value in columns.items() if key.startswith(prefix)}
 
 
 def concat(first: Batch, second: Batch) -> Batch:

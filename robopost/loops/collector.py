@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from robopost.artefacts.checkpoint import load_arrays
+from robopost.data.batch import below
 from robopost.loops.run import Files, Run, stream_seed
 from robopost.vector import Arrays, Step, VecEnv
 
@@ -45,11 +46,10 @@ class Collector:
             return
         arrays = load_arrays(Path(state["checkpoint"]) / "env.safetensors")
         self._resets = int(state["resets"])
-        split = lambda prefix: {k[len(prefix) :]: v for k, v in arrays.items() if k.startswith(prefix)}  # noqa: E731
         # A reset first: it creates what the environment allocates lazily.
         self.env.reset(seed=0)
-        self.env.set_state(split("state/"))
-        self.obs = split("obs/")
+        self.env.set_state(below(arrays, "state/"))
+        self.obs = below(arrays, "obs/")
         self._return, self._length = arrays["episode/return"].copy(), arrays["episode/length"].copy()
         self._success = arrays["episode/success"].copy()
 
@@ -68,6 +68,12 @@ class Collector:
             self._return[i], self._length[i], self._success[i] = 0.0, 0, False
         self.obs = step.obs
         return step
+
+    def scaled(self, reward: np.ndarray) -> np.ndarray:
+        """Rewards as the algorithm gets them, a new array: where data is recorded too, on one scale with it."""
+        data = self.run.config.data
+        scale, shift = (data.reward_scale, data.reward_shift) if data.path else (1.0, 0.0)
+        return reward * scale + shift
 
     def state(self) -> tuple[Files, dict[str, Any]]:
         """Files and JSON for a checkpoint."""

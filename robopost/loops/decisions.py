@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from robopost.algos.base import Algorithm
-from robopost.data.batch import Batch, bootstrap_discount
+from robopost.data.batch import Batch, below, bootstrap_discount
 from robopost.loops.collector import Collector
 from robopost.vector import Arrays, to_torch
 
@@ -30,8 +30,6 @@ def collect_decisions(collector: Collector, algo: Algorithm, count: int) -> Batc
     """
     run, policy, env = collector.run, algo.policy, collector.env
     execute, copies = policy.execute, env.num_envs
-    data = run.config.data
-    scale, shift = (data.reward_scale, data.reward_shift) if data.path else (1.0, 0.0)
     table = _Table(copies)
     queue = np.zeros((copies, execute, policy.spec.action_dim), np.float32)
     done_steps = np.zeros(copies, np.int64)  # executed of the running chunk; 0 = ask for one
@@ -45,7 +43,7 @@ def collect_decisions(collector: Collector, algo: Algorithm, count: int) -> Batc
             queue[asking] = action.chunk[:, :execute].cpu().numpy()
             table.begin(asking, obs, action.chunk, action.chain, action.log_prob)
         step = collector.step(queue[np.arange(copies), done_steps])
-        reward += step.reward * scale + shift
+        reward += collector.scaled(step.reward)
         done_steps += 1
         closing = np.flatnonzero(step.done | (done_steps == execute) | (index == last))
         if len(closing):
@@ -110,13 +108,12 @@ class _Table:
                 rows = torch.cat([entry[key] for entry in entries]).to(device)
                 full = torch.zeros((deep * self.copies, *rows.shape[1:]), dtype=rows.dtype, device=device)
                 columns[key] = full.index_copy_(0, at, rows).unflatten(0, (deep, self.copies))
-        part = lambda prefix: {k[len(prefix) :]: v for k, v in columns.items() if k.startswith(prefix)}  # noqa: E731
         terminated = columns["terminated"]
         return Batch(
-            obs=part("obs/"),
+            obs=below(columns, "obs/"),
             action=columns["action"],
             reward=columns["reward"],
-            next_obs=part("next_obs/"),
+            next_obs=below(columns, "next_obs/"),
             terminated=terminated,
             truncated=columns["truncated"],
             discount=bootstrap_discount(terminated, gamma),

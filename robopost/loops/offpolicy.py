@@ -111,10 +111,7 @@ def interact(
         # Recorded data may declare wider bounds than the environment: what is stored is what is executed.
         action = np.clip(_explore(run, algo, collector, started), low, high)
         obs, step = collector.obs, collector.step(action)
-        reward = step.reward
-        if config.data.path:  # one scale for recorded and new experience
-            reward = reward * config.data.reward_scale + config.data.reward_shift
-        buffer.add(obs, action, reward, step.next_obs, step.terminated, step.truncated)
+        buffer.add(obs, action, collector.scaled(step.reward), step.next_obs, step.terminated, step.truncated)
         run.add_time("time/collect", time.perf_counter() - began)
         now = run.step + env.num_envs
         began = time.perf_counter()

@@ -64,7 +64,7 @@ def run_onpolicy(run: Run) -> None:
         collector.start(state)
         while run.step < config.loop.steps:
             began = time.perf_counter()
-            collect = collect_decisions if needs.chunks else _rollout
+            collect = collect_decisions if needs.chunks else collect_steps
             batch = collect(collector, algo, steps)
             run.add_time("time/collect", time.perf_counter() - began)
             began = time.perf_counter()
@@ -101,13 +101,10 @@ def _recorded(run: Run, env: VecEnv) -> Dataset | None:
     return dataset
 
 
-def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
+def collect_steps(collector: Collector, algo: Any, steps: int) -> Batch:
     """(T, N) batch of `steps` steps in every environment."""
     run, policy = collector.run, algo.policy
     refresh, copies = algo.needs.refresh_steps, collector.env.num_envs
-    data = run.config.data
-    # One scale for recorded and new experience.
-    scale, shift = (data.reward_scale, data.reward_shift) if data.path else (1.0, 0.0)
     rows: list[Batch] = []
     taken: list[_Taken] = []
     for step_index in range(steps):
@@ -122,7 +119,7 @@ def _rollout(collector: Collector, algo: Any, steps: int) -> Batch:
         action = policy.act(obs, generator=run.generators["policy"])
         step = collector.step(action.chunk[:, 0].cpu().numpy())
         taken.append(
-            _Taken(obs, action, step.next_obs, step.reward * scale + shift, step.terminated, step.truncated)
+            _Taken(obs, action, step.next_obs, collector.scaled(step.reward), step.terminated, step.truncated)
         )
     return _joined(taken).row(run.device, algo.needs.gamma)
 

@@ -34,9 +34,7 @@ class ChainConfig(EncodedConfig):
     depth: int = 3
     activation: str = "mish"  # of the mlp backbone
     layernorm: bool = True  # in the blocks of the mlp backbone
-    frozen_steps: int = (
-        0  # first steps of the chain that a frozen copy of the network takes, see `freeze_first`
-    )
+    frozen_steps: int = 0  # first steps of the chain that a frozen copy takes, see `freeze_first`
 
 
 class ChainPolicy(Policy):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from robopost.artefacts.checkpoint import find_policy, load_json, load_policy
 from robopost.compose import policy_config_from_dict, to_dict
-from robopost.data.batch import Obs, Spec
+from robopost.data.batch import Obs, Spec, below
 from robopost.data.dataset import Dataset
 from robopost.errors import CheckpointError, ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
@@ -273,7 +273,7 @@ class BaseActionEnv(VecEnv):
     def set_state(self, state: Arrays) -> None:
         """See `VecEnv.set_state`."""
         self.inner.set_state({key: value for key, value in state.items() if not key.startswith("base/")})
-        queues = {key[5:]: torch.from_numpy(value) for key, value in state.items() if key.startswith("base/")}
+        queues = {key: torch.from_numpy(value) for key, value in below(state, "base/").items()}
         self._runner.load_state_dict(queues)
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.algos.online.ppo import gae, normalise
 from robopost.config import AlgoConfig
-from robopost.data.batch import Batch, Obs, Spec
+from robopost.data.batch import Batch, Obs, Spec, below
 from robopost.errors import ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
 from robopost.nets.flat import Flat, adam, set_lr, step_where
@@ -43,9 +43,7 @@ class ChunkPPOConfig(AlgoConfig):
     gae_lambda: float = 0.95
     actor_lr: float = 1e-4
     critic_lr: float = 1e-3
-    lr_decay_updates: int = (
-        0  # half a cosine of both learning rates to 0 over this many rollouts, 0 = constant
-    )
+    lr_decay_updates: int = 0  # half a cosine of both rates to 0 over this many rollouts, 0 = constant
     weight_decay: float = 0.0  # decoupled
     critic_warmup: int = 0  # first rollouts that train the critic alone
     max_grad_norm: float = 1.0
@@ -280,7 +278,7 @@ class ChunkPPO(Algorithm):
         error = rows["returns"].new_zeros(())
         self._critic_flat.grad.zero_()
         for part in blocks(rows, CACHED_ROWS if self.device.type == "cpu" else total):
-            loss = (part["returns"] - self.critic(_obs(part))).square().sum() / total
+            loss = (part["returns"] - self.critic(below(part, "obs/"))).square().sum() / total
             self._critic_flat.add_backward(loss)
             error = error + loss.detach()
         self._critic_flat.clip(self.config.max_grad_norm)
@@ -296,7 +294,7 @@ class ChunkPPO(Algorithm):
         self._actor_flat.grad.zero_()
         for part in blocks(rows, self._part(total)):
             share = len(part["advantage"]) / total
-            loss, kl, found = self.actor_loss(part, _obs(part))
+            loss, kl, found = self.actor_loss(part, below(part, "obs/"))
             self._actor_flat.add_backward(loss * share)
             for key, value in (found | {"loss/actor": loss.detach(), "policy/kl": kl}).items():
                 metrics[key] = metrics[key] + share * value if key in metrics else share * value
@@ -319,7 +317,3 @@ def blocks(rows: dict[str, Tensor], size: int = BLOCK) -> list[dict[str, Tensor]
     """Rows (M, ...) in parts of at most `size`."""
     parts = zip(*(value.split(size) for value in rows.values()), strict=True)
     return [dict(zip(rows, part, strict=True)) for part in parts]
-
-
-def _obs(rows: dict[str, Tensor]) -> Obs:
-    return {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}

@@ -33,12 +33,10 @@ class FPOConfig(ChunkPPOConfig):
     target_kl: float = 0.0
     clip: float = 0.2  # of the ratio
     pairs: int = 8  # (noise, time) pairs per decision
-    loss: str = (
-        "own"  # of what it is the squared error: own (as policy.prediction) | velocity | epsilon | sample
-    )
+    loss: str = "own"  # squared error of: own (what policy.prediction says) | velocity | epsilon | sample
     average_losses: bool = True  # one ratio per decision; false: one per pair
     normalise_loss: bool = (
-        True  # count losses in nats of a Gaussian whose variance is their mean; false: as they are
+        True  # losses in nats of a Gaussian whose variance is their mean; false: as they are
     )
     difference_bound: float = 3.0  # clamp of the change of a loss
 

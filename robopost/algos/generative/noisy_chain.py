@@ -27,7 +27,7 @@ class NoisyChainConfig(ChunkPPOConfig):
     """Config of methods that add noise to the chain."""
 
     finetune_steps: int = (
-        0  # last steps of the chain that are fine-tuned; 0 = all, the others are a frozen copy's
+        0  # last steps of the chain that are fine-tuned, 0 = all; a frozen copy takes the others
     )
     clip: float = 0.01  # of the ratio
 

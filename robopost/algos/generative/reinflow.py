@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from robopost.algos.base import Metrics
 from robopost.algos.generative.noisy_chain import NoisyChainConfig, NoisyChainPPO
 from robopost.algos.online.ppo import approximate_kl, clipped_loss
-from robopost.data.batch import Batch
+from robopost.data.batch import Batch, below
 from robopost.errors import ConfigError
 from robopost.nets.mlp import MLP
 from robopost.policies.flow import Flow
@@ -37,9 +37,7 @@ class ReinFlowConfig(NoisyChainConfig):
     noise_max: float = 0.24
     noise_hidden: list[int] = field(default_factory=lambda: [64, 64])
     noise_decay_updates: int = 0  # rollouts over which noise_max falls towards noise_min, 0 = constant bounds
-    normalise_ratio: bool = (
-        True  # clip the geometric mean of the ratio over steps and dimensions, not the ratio
-    )
+    normalise_ratio: bool = True  # clip the ratio's geometric mean over steps and dimensions, not the ratio
     log_prob_bound: float = 1.0  # clamp of the normalised log-probability, 0 = none
     entropy_coef: float = 0.03
     anchor_coef: float = 0.0  # of the squared distance to the actions of the policy that training began with
@@ -188,7 +186,7 @@ class ReinFlow(NoisyChainPPO):
             if cfg.normalise_ratio and cfg.log_prob_bound:
                 metrics["policy/clamped"] = (log_prob.abs() >= cfg.log_prob_bound).float().mean()
         if cfg.anchor_coef:
-            obs = {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
+            obs = below(rows, "obs/")
             start = rows["chain"][:, 0]
             distance = (self.policy.chain(obs, start)[-1] - self.anchor.chain(obs, start)[-1]).square().mean()
             loss = loss + cfg.anchor_coef * distance

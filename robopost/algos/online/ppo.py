@@ -15,7 +15,7 @@ from torch import Tensor
 
 from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.config import AlgoConfig
-from robopost.data.batch import Batch, Obs, Spec
+from robopost.data.batch import Batch, Obs, Spec, below
 from robopost.errors import ConfigError, DataError
 from robopost.nets.flat import Flat, adam, set_lr, step_where
 from robopost.nets.value import ValueNet
@@ -242,7 +242,7 @@ class PPO(Algorithm):
     def minibatch_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step on policy and value; a pure function of the minibatch."""
         cfg = self.config
-        obs = {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
+        obs = below(rows, "obs/")
         log_prob, pull = self._log_prob(obs, rows["chain"])
         value = self.value(obs)
         with torch.no_grad():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from robopost.algos.base import Metrics, Needs
 from robopost.algos.online.ppo import PPO, PPOConfig, approximate_kl, gae
-from robopost.data.batch import Batch, Spec, stack
+from robopost.data.batch import Batch, Spec, below, stack
 from robopost.data.window import RolloutWindow
 from robopost.errors import ConfigError, unknown
 from robopost.evaluate.sampling_error import has_closed_form, sampling_error
@@ -230,7 +230,7 @@ class PROPS(PPO):
     def behaviour_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step on the behaviour policy; a pure function of the minibatch."""
         cfg, policy = self.config, self.behaviour_policy
-        obs = {key[4:]: value for key, value in rows.items() if key.startswith("obs/")}
+        obs = below(rows, "obs/")
         target = tuple(rows[key] for key in sorted(rows) if key.startswith("target/"))
         distribution = policy.distribution(obs)
         log_ratio = policy.chain_log_prob(rows["chain"], *distribution) - rows["log_prob"]
@@ -263,7 +263,7 @@ class PROPS(PPO):
 
     def _ros_step(self, data: dict[str, Tensor]) -> Metrics:
         """ROS (Zhong et al. 2022, algorithm 2): a plain gradient step that lowers the samples' mean log-probability."""
-        obs = {key[4:]: value for key, value in data.items() if key.startswith("obs/")}
+        obs = below(data, "obs/")
         loss = self.behaviour_policy.log_prob(obs, data["chain"]).mean()
         self._behaviour_flat.backward(loss)
         with torch.no_grad():

@@ -25,7 +25,7 @@ from robopost.algos.online.td3 import (
 )
 from robopost.data.batch import Batch, Spec
 from robopost.errors import ConfigError, unknown
-from robopost.nets.flat import Flat, backward, frozen_copy
+from robopost.nets.flat import Flat, adam, backward, frozen_copy
 from robopost.nets.value import QEnsemble
 from robopost.policies.base import Policy
 from robopost.policies.residual import BASE_ACTION, FEATURES, ResidualPolicy
@@ -54,9 +54,7 @@ class ResFiTConfig(TD3Config):
     exploration_clip: float = 0.3  # largest exploration noise, same units
     target_noise: float = 0.0  # std of noise on the target's action, 0 = none
     target_noise_clip: float = 0.3
-    target_range: list[float] = field(
-        default_factory=list
-    )  # [low, high] that targets are clamped to, [] = none
+    target_range: list[float] = field(default_factory=list)  # clamp of targets [low, high], [] = none
     residual_penalty: float = 0.0  # weight of the squared correction in the actor's loss
     demo_fraction: float = 0.5
 
@@ -161,10 +159,8 @@ class ResFiT(Algorithm):
             self._encoder_flat = Flat(policy.encoder)
             self.encoder_optimizer = self._adamw(self._encoder_flat, config.critic_lr)
 
-    def _adamw(self, flat: Flat, lr: float) -> torch.optim.AdamW:
-        cuda = flat.data.is_cuda
-        decay = self.config.weight_decay
-        return torch.optim.AdamW([flat.param], lr=lr, weight_decay=decay, fused=True, capturable=cuda)
+    def _adamw(self, flat: Flat, lr: float) -> torch.optim.Adam:
+        return adam(flat, lr, weight_decay=self.config.weight_decay, decoupled_weight_decay=True)
 
     @property
     def needs(self) -> Needs:
