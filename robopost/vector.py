@@ -129,6 +129,15 @@ class VecEnv:
         cast(Any, self.env).set_state(below(state, "env/"))
         self._stack = below(state, "stack/")
 
+    def want_images(self, wanted: np.ndarray | None) -> None:
+        """Say in which environments (N,) bool the next steps' images will be looked at; None = in all.
+
+        A policy that executes chunks looks once per chunk, and rendering takes most of a step. Environments that make
+        use of it repeat their last image where nobody looks, but the true one at an episode's end.
+        """
+        if hasattr(self.env, "wanted") and self.history == 1:
+            cast(Any, self.env).wanted = wanted
+
     def render(self, indices: Sequence[int] | None = None) -> list[np.ndarray]:
         """RGB frames (H, W, 3) uint8 of the environments in `indices` (default all)."""
         try:

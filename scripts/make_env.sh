@@ -9,7 +9,7 @@ stamp=".venv/.installed-$(cat pyproject.toml constraints.txt | sha256sum | cut -
 [ -x .venv/bin/python ] || { echo "set-up: creating .venv"; "$python" -m venv .venv; }
 echo "set-up: installing the pinned packages into .venv (about 2 minutes the first time)"
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-  -e '.[diffusers,minari,lerobot-read,pusht,robotics,dev]' stable-baselines3
+  -e '.[diffusers,vla,minari,lerobot-read,pusht,robotics,dev]' stable-baselines3
 rm -f .venv/.installed-*
 touch "$stamp"
 echo "set-up: done"

@@ -186,6 +186,7 @@ class MujocoVectorEnv(gym.vector.VectorEnv, ABC):
         self.elapsed = np.zeros(num_envs, dtype=np.int64)
         self.rngs: list[np.random.Generator] = []
         self._autoreset = autoreset
+        self._done = np.zeros(num_envs, bool)  # whose episode has ended in the step being observed
 
     @abstractmethod
     def _reset_envs(self, indices: Array) -> None:
@@ -238,8 +239,8 @@ class MujocoVectorEnv(gym.vector.VectorEnv, ABC):
         self.elapsed += 1
         reward, terminated, info = self._evaluate(action)
         truncated = ~terminated & (self.elapsed >= self.max_steps if self.max_steps else False)
+        done = self._done = terminated | truncated
         obs = self._observe()
-        done = terminated | truncated
         if self._autoreset and done.any():
             indices = np.flatnonzero(done)
             info["final_obs"] = {key: value.copy() for key, value in obs.items()}

@@ -33,6 +33,9 @@ class Needs:
         warmup_steps: environment steps of random actions before the first update; off-policy only.
         first_updates: updates at once after the warm-up, beside those of `updates_per_step`; off-policy only.
         rollout_steps: steps per environment in one rollout, executed chunks where `chunks`; on-policy only.
+        episodes: whole episodes per environment in one rollout, of executed chunks, in place of `rollout_steps`;
+            on-policy only.
+        group: neighbouring environments that play the same episodes, a divisor of their number; with `episodes`.
         refresh_steps: environment steps (all copies together) after which `behaviour` is asked again who collects; a
             divisor of a rollout's steps, 0 = the policy itself always does; on-policy only.
         demo_fraction: share of each batch drawn from the offline dataset; off-policy only, 0 = none.
@@ -48,6 +51,8 @@ class Needs:
     updates_per_step: float = 1.0
     warmup_steps: int = 0
     rollout_steps: int = 0
+    episodes: int = 0
+    group: int = 1
     refresh_steps: int = 0
     demo_fraction: float = 0.0
     first_updates: int = 0

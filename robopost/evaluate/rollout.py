@@ -283,6 +283,7 @@ def _waves(
             )
             # The environment's bounds, which a policy trained on data without declared ones doesn't know.
             executed = np.clip(action.cpu().numpy(), low, high).astype(np.float32)
+            vec.want_images(stepper.asks & running)
             step = vec.step(executed)
             motion.step(executed, step.next_obs)
             steps += 1
@@ -303,6 +304,7 @@ def _waves(
                 running &= ~ended
             _after(step, stepper)
             obs = step.obs
+        vec.want_images(None)
         motion.end(index, counted, lengths[index])
     return EvalResult(
         returns=returns,

@@ -53,14 +53,18 @@ class Collector:
         self._return, self._length = arrays["episode/return"].copy(), arrays["episode/length"].copy()
         self._success = arrays["episode/success"].copy()
 
-    def step(self, action: np.ndarray) -> Step:
-        """Execute `action` (N, A) and record episodes that end."""
+    def step(self, action: np.ndarray, running: np.ndarray | None = None) -> Step:
+        """Execute `action` (N, A) and record episodes that end.
+
+        With `running` (N,) bool, only those of these copies, which are over when they succeed, too.
+        """
         step = self.env.step(action)
         self._return += step.reward
         self._length += 1
         if step.success is not None:
             self._success |= step.success
-        for i in step.done.nonzero()[0]:
+        over = step.done if running is None else running & (step.done | self._success)
+        for i in over.nonzero()[0]:
             figures = {"train/return": float(self._return[i]), "train/length": float(self._length[i])}
             if step.success is not None:
                 figures["train/success"] = float(self._success[i])
@@ -68,6 +72,11 @@ class Collector:
             self._return[i], self._length[i], self._success[i] = 0.0, 0, False
         self.obs = step.obs
         return step
+
+    def begin_round(self, group: int) -> None:
+        """Start a new episode in every copy; `group` neighbouring copies start alike."""
+        self._resets += 1
+        self._reset(group)
 
     def scaled(self, reward: np.ndarray) -> np.ndarray:
         """Rewards as the algorithm gets them, a new array: where data is recorded too, on one scale with it."""
@@ -96,10 +105,10 @@ class Collector:
         self._reset()
         return True
 
-    def _reset(self) -> None:
-        self.obs = self.env.reset(
-            seed=stream_seed(self.run.config.seed, ENV_STREAM + 1000 * self._resets) % 2**31
-        )
+    def _reset(self, group: int = 1) -> None:
+        seed = stream_seed(self.run.config.seed, ENV_STREAM + 1000 * self._resets) % 2**31
+        copies = range(self.env.num_envs)
+        self.obs = self.env.reset(seed=seed if group == 1 else [seed + i // group for i in copies])
         self._return[:] = 0.0
         self._length[:] = 0
         self._success[:] = False

@@ -30,7 +30,7 @@ def collect_decisions(collector: Collector, algo: Algorithm, count: int) -> Batc
     """
     run, policy, env = collector.run, algo.policy, collector.env
     execute, copies = policy.execute, env.num_envs
-    table = _Table(copies)
+    table = DecisionTable(copies)
     queue = np.zeros((copies, execute, policy.spec.action_dim), np.float32)
     done_steps = np.zeros(copies, np.int64)  # executed of the running chunk; 0 = ask for one
     reward = np.zeros(copies, np.float32)
@@ -47,14 +47,14 @@ def collect_decisions(collector: Collector, algo: Algorithm, count: int) -> Batc
         done_steps += 1
         closing = np.flatnonzero(step.done | (done_steps == execute) | (index == last))
         if len(closing):
-            table.end(closing, reward, step.next_obs, step.terminated, step.truncated, done_steps)
+            table.end(closing, closing, reward, step.next_obs, step.terminated, step.truncated, done_steps)
             reward[closing] = 0.0
             done_steps[closing] = 0
     return table.batch(algo.needs.gamma, policy.horizon, run.device)
 
 
 @dataclass
-class _Table:
+class DecisionTable:
     """Decisions as they begin and end, in any order; `batch` sorts them into (D, N)."""
 
     copies: int
@@ -82,6 +82,7 @@ class _Table:
 
     def end(
         self,
+        environments: np.ndarray,
         rows: np.ndarray,
         reward: np.ndarray,
         next_obs: Arrays,
@@ -89,11 +90,11 @@ class _Table:
         truncated: np.ndarray,
         steps: np.ndarray,
     ) -> None:
-        """The running decisions of the environments `rows` are over; the other rows of the arrays are not read."""
+        """The running decisions of `environments` are over; what became of them is in `rows` of the arrays."""
         columns = {"reward": reward, "terminated": terminated, "truncated": truncated, "steps": steps}
         columns |= {f"next_obs/{key}": value for key, value in next_obs.items()}
         entry = {key: torch.from_numpy(value[rows]) for key, value in columns.items()}
-        self.ended.append(entry | self._place(rows))
+        self.ended.append(entry | self._place(environments))
 
     def _place(self, rows: np.ndarray) -> dict[str, Tensor]:
         return {"at": torch.from_numpy(self._open[rows] * self.copies + rows)}

@@ -16,6 +16,7 @@ from robopost.data.mixture import check_same_task
 from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.decisions import collect_decisions
+from robopost.loops.episodes import collect_episodes
 from robopost.loops.run import Files, Run, crossed
 from robopost.policies.base import EPISODE_STEP, Action
 from robopost.vector import Arrays, VecEnv, make_vec, to_torch
@@ -50,6 +51,11 @@ def run_onpolicy(run: Run) -> None:
                 f"divide a rollout of algo.rollout_steps={steps} x env.num_envs={env.num_envs}. "
                 f"Fix: a divisor of {steps * env.num_envs}"
             )
+        if env.num_envs % needs.group:
+            raise ConfigError(
+                f"env.num_envs={env.num_envs} must be a multiple of the {needs.group} episodes that "
+                f"algo={config.algo.name} compares. Fix: env.num_envs={needs.group * max(1, env.num_envs // needs.group)}"
+            )
         if algo.policy.wraps_env:
             env = algo.policy.wrap_env(env)
         state = run.prepare(algo)
@@ -64,8 +70,11 @@ def run_onpolicy(run: Run) -> None:
         collector.start(state)
         while run.step < config.loop.steps:
             began = time.perf_counter()
-            collect = collect_decisions if needs.chunks else collect_steps
-            batch = collect(collector, algo, steps)
+            if needs.episodes:
+                batch, taken = collect_episodes(collector, algo, needs.episodes, needs.group)
+            else:
+                collect = collect_decisions if needs.chunks else collect_steps
+                batch, taken = collect(collector, algo, steps), span * env.num_envs
             run.add_time("time/collect", time.perf_counter() - began)
             began = time.perf_counter()
             run.record(algo.update(algo.policy.normaliser.batch(batch)))
@@ -75,7 +84,7 @@ def run_onpolicy(run: Run) -> None:
                 files, plain = collector.state()
                 return files, plain | ({"dataset": source} if recorded else {})
 
-            if run.after(run.step + span * env.num_envs, algo, extra_state):
+            if run.after(run.step + taken, algo, extra_state):
                 collector.cut_if_unsaved()
     finally:
         env.close()

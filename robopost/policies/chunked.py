@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,11 @@ class StepPolicy:
         self._queue = torch.zeros(num_envs, policy.execute, policy.spec.action_dim, device=policy.device)
         self._left = torch.zeros(num_envs, dtype=torch.long, device=policy.device)
         self._steps = torch.zeros(num_envs, dtype=torch.long, device=policy.device)
+
+    @property
+    def asks(self) -> np.ndarray:
+        """(N,) bool: the policy is asked for a new chunk at the next step."""
+        return (self._left == 0).cpu().numpy()
 
     def reset(self, env_mask: Tensor | None = None) -> None:
         """Forget queues and step counts of the environments in `env_mask` (N,) bool; None = of all."""

@@ -82,6 +82,8 @@ class ArmVectorEnv(MujocoVectorEnv):
         self._ramp = (np.arange(self.physics.nstep) + 1.0)[None, :, None] / self.physics.nstep
         self._render_data = mujoco.MjData(model)
         self._renderers: dict[int, FrameRenderer] = {}
+        self.wanted: Array | None = None  # (N,) bool, see `robopost.vector.VecEnv.want_images`
+        self._images = np.zeros(0)
         self._refresh()
 
     def _allocate(self, model: mujoco.MjModel, n: int) -> None:
@@ -144,6 +146,7 @@ class ArmVectorEnv(MujocoVectorEnv):
     def set_state(self, state: dict[str, Array]) -> None:
         """Restore `get_state` output; the continuation is bitwise the same."""
         super().set_state(state)
+        self._images = np.zeros(0)
         self._refresh()
 
     def _refresh(self) -> None:
@@ -235,8 +238,7 @@ class ArmVectorEnv(MujocoVectorEnv):
             if key == "state":
                 obs[key] = self._state()[rows]
             elif key == "image":
-                which = range(self.num_envs) if indices is None else indices
-                obs[key] = self._frames(which, self.config.image_size, "front")
+                obs[key] = self._image(indices)
             else:
                 obs[key] = BYTES[self._command[rows]]
         return obs
@@ -254,6 +256,19 @@ class ArmVectorEnv(MujocoVectorEnv):
         if self.config.obs.startswith("state"):
             parts += self.task.features(scene)
         return np.concatenate(parts, axis=1).astype(np.float32)
+
+    def _image(self, indices: Array | None) -> Array:
+        """Images of `indices` (None = all); of all, those that nobody wants are the last ones once more."""
+        size = self.config.image_size
+        if indices is None and self.wanted is not None and len(self._images):
+            images = self._images.copy()
+            rows = np.flatnonzero(self.wanted | self._done)
+            images[rows] = self._frames(rows, size, "front")
+        else:
+            images = self._frames(range(self.num_envs) if indices is None else indices, size, "front")
+        if indices is None:
+            self._images = images
+        return images
 
     def _frames(self, indices: Sequence[int] | Array | range, size: int, camera: str) -> Array:
         if size not in self._renderers:
