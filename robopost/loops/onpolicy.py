@@ -54,7 +54,8 @@ def run_onpolicy(run: Run) -> None:
         if env.num_envs % needs.group:
             raise ConfigError(
                 f"env.num_envs={env.num_envs} must be a multiple of the {needs.group} episodes that "
-                f"algo={config.algo.name} compares. Fix: env.num_envs={needs.group * max(1, env.num_envs // needs.group)}"
+                f"algo={config.algo.name} compares. "
+                f"Fix: env.num_envs={needs.group * max(1, env.num_envs // needs.group)}"
             )
         if algo.policy.wraps_env:
             env = algo.policy.wrap_env(env)
