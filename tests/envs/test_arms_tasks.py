@@ -110,6 +110,16 @@ def test_held_out_instructions():
         assert len(given) >= 4
 
 
+def test_instructions_can_be_chosen_by_their_words():
+    env = make("arm_language", 64, split="all", only=["touch", "put the red"])
+    obs, _ = env.reset(seed=0)
+    texts = {INSTRUCTIONS[i] for i in decode(obs["instruction"])}
+    assert texts <= {text for text in INSTRUCTIONS if "touch" in text or "put the red" in text}
+    assert len(texts) == 7
+    with pytest.raises(ConfigError, match=r"env.only names 'push', which no instruction of env.split=train"):
+        make("arm_language", 1, only=["push"])
+
+
 def test_only_the_named_cube_and_zone_count():
     env = make("arm_language", 1, split="all")
     env.reset(seed=0)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from robopost.config import EnvConfig
 from robopost.errors import ConfigError, nearest
 
+from .instructions import INSTRUCTIONS, split_ids
+
 CONTROLS = ("delta_ee", "position")
 OBSERVATIONS = ("state", "pixels96", "pixels128", "state+pixels96", "state+pixels128")
 REWARDS = ("dense", "sparse")
@@ -115,17 +117,27 @@ class ArmLanguageConfig(ArmConfig):
     Attributes:
         split: `train` (14 instructions), `heldout` (4 combinations of a cube and a zone that `train` never
             shows, though it shows each cube and each zone) or `all`.
+        only: of these, the instructions that contain one of these texts, e.g. `[touch, "put the red cube"]`; empty =
+            all of them.
     """
 
     name: str = "arm_language"
     max_steps: int = 80
     split: str = "train"
+    only: list[str] = field(default_factory=list)
     object_range: list[float] = field(default_factory=lambda: [0.34, 0.46, -0.20, 0.20])
     goal_range: list[float] = field(default_factory=lambda: [0.54, 0.60, -0.26, 0.26])
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("split", self.split, SPLITS)
+        offered = [INSTRUCTIONS[i] for i in split_ids(self.split)]
+        for text in self.only:
+            if not any(text in instruction for instruction in offered):
+                raise ConfigError(
+                    f"env.only names {text!r}, which no instruction of env.split={self.split} contains. "
+                    f"They are: {', '.join(offered)}"
+                )
 
 
 def check_choice(key: str, value: str, allowed: tuple[str, ...]) -> None:

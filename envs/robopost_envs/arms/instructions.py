@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 OBJECT_NAMES = ("red", "green", "blue")
@@ -34,8 +36,8 @@ BYTES = np.stack(
 )  # (18, 64)
 
 
-def split_ids(split: str) -> np.ndarray:
-    """Instruction numbers of a split: `train`, `heldout` or `all`."""
+def split_ids(split: str, only: Sequence[str] = ()) -> np.ndarray:
+    """Instruction numbers of a split: `train`, `heldout` or `all`; of those, the ones that contain a text of `only`."""
     held = np.array(
         [
             kind == PUT and (OBJECT_NAMES[cube], ZONE_NAMES[zone]) in HELD_OUT
@@ -43,7 +45,10 @@ def split_ids(split: str) -> np.ndarray:
         ]
     )
     numbers = np.arange(len(INSTRUCTIONS))
-    return {"train": numbers[~held], "heldout": numbers[held], "all": numbers}[split]
+    chosen = {"train": numbers[~held], "heldout": numbers[held], "all": numbers}[split]
+    if not only:
+        return chosen
+    return np.array([i for i in chosen if any(text in INSTRUCTIONS[i] for text in only)], int)
 
 
 def decode(instruction: np.ndarray) -> np.ndarray:

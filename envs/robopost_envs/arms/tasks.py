@@ -230,7 +230,7 @@ class _Language(Task):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.ids = split_ids(config.split)
+        self.ids = split_ids(config.split, config.only)
 
     def layout(self, uniform: Array) -> tuple[Array, Array, Array, Array]:
         n = len(uniform)
