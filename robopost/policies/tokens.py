@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from robopost.config import PolicyConfig
 from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError
 from robopost.nets.encoder import EncodedConfig, ObsEncoder
@@ -18,7 +19,7 @@ from robopost.registry import POLICIES
 
 
 @dataclass
-class TokenConfig(EncodedConfig):
+class TokenConfig(PolicyConfig):
     """Config that all token policies share."""
 
     horizon: int = 8
@@ -116,7 +117,7 @@ class TokenPolicy(Policy):
 
 
 @dataclass
-class TokenMLPConfig(TokenConfig):
+class TokenMLPConfig(EncodedConfig, TokenConfig):
     """Config of `TokenMLP`."""
 
     name: str = "token"
