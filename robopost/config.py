@@ -62,7 +62,7 @@ class PolicyConfig:
     normalise_obs: str = (
         "meanstd"  # identity | meanstd | minmax, from the dataset; online runs without one: identity
     )
-    normalise_action: str = "bounds"  # identity | bounds | meanstd | minmax
+    normalise_action: str = "bounds"  # identity | bounds | meanstd | minmax | quantile
 
 
 @dataclass

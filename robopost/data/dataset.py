@@ -144,6 +144,13 @@ class Dataset:
         stats = column_stats(columns, spec, name)
         return cls(columns, spec, stats, name, device=device, sparse_reward=sparse_reward)
 
+    def stats_for(self, action: str) -> dict[str, dict[str, Any]]:
+        """`stats` with what `Normaliser.fit(action=...)` needs beyond it: quantiles of the actions for `quantile`."""
+        if action != "quantile":
+            return self.stats
+        low, high = np.quantile(self.action.cpu().numpy(), (0.01, 0.99), axis=0)
+        return self.stats | {"action": self.stats["action"] | {"q01": low, "q99": high}}
+
     @property
     def num_steps(self) -> int:
         """Recorded steps."""

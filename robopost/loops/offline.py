@@ -63,7 +63,8 @@ def begin(run: Run, dataset: Dataset) -> tuple[Algorithm, dict[str, Any] | None]
         (algorithm, the loop state of the checkpoint or None).
     """
     config = run.config
-    algo = run.build(dataset.spec, dataset.stats, dataset.dataset_id)
+    stats = dataset.stats_for(config.policy.normalise_action)
+    algo = run.build(dataset.spec, stats, dataset.dataset_id)
     _check_reach(algo.policy, dataset)
     if config.env is not None:
         _check_env(config, algo.policy, dataset.spec)

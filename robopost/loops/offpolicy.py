@@ -33,7 +33,7 @@ def run_offpolicy(run: Run) -> None:
             check_same_task(env.spec, demos.spec)
         algo = run.build(
             env.spec,
-            demos.stats if demos is not None else None,
+            demos.stats_for(config.policy.normalise_action) if demos is not None else None,
             demos.dataset_id if demos is not None else "env",
         )
         needs, policy = algo.needs, algo.policy

@@ -33,9 +33,9 @@ def run_onpolicy(run: Run) -> None:
     env = make_vec(config.env, config.env.num_envs, history=history)
     try:
         recorded = _recorded(run, env)
-        stats, source = (
-            (recorded.stats, recorded.dataset_id) if recorded else (None, f"env {config.env.name}")
-        )
+        stats, source = None, f"env {config.env.name}"
+        if recorded:
+            stats, source = recorded.stats_for(config.policy.normalise_action), recorded.dataset_id
         algo = run.build(env.spec, stats, source)
         if not algo.needs.chunks and (algo.policy.execute != 1 or not algo.policy.has_log_prob):
             raise ConfigError(

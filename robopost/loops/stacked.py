@@ -69,7 +69,8 @@ def train_stacked(runs: Sequence[Run]) -> bool:
     try:
         _check_config(config, waiting[0].device)
         dataset = load(waiting[0])
-        algo = waiting[0].build(dataset.spec, dataset.stats, dataset.dataset_id)
+        stats = dataset.stats_for(config.policy.normalise_action)
+        algo = waiting[0].build(dataset.spec, stats, dataset.dataset_id)
         _check_algo(algo)
         if choice == "auto":
             _check_gain(algo, len(waiting))

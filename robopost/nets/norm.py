@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from robopost.data.batch import Batch, Obs, Spec
 from robopost.errors import ConfigError
 
 OBS_MODES = ("identity", "meanstd", "minmax")
-ACTION_MODES = ("identity", "bounds", "meanstd", "minmax")
+ACTION_MODES = ("identity", "bounds", "meanstd", "minmax", "quantile")
 
 
 class Normaliser(nn.Module):
@@ -60,9 +61,10 @@ class Normaliser(nn.Module):
         """Set the maps from dataset statistics, in place.
 
         Args:
-            stats: key -> {"mean", "std", "min", "max", "count"}; keys are observation keys and "action".
+            stats: key -> {"mean", "std", "min", "max", "count"}; keys are observation keys and "action", which for
+                `quantile` needs "q01" and "q99" as well, and may have "mask" (A,): False leaves a dimension as it is.
             obs: one of OBS_MODES. `meanstd` divides by max(std, 1e-3), `minmax` maps the range to [-1, 1].
-            action: one of ACTION_MODES.
+            action: one of ACTION_MODES. `quantile` maps the 1 % and 99 % quantiles to [-1, 1].
             source: dataset id written into `provenance`.
         """
         if obs not in OBS_MODES or action not in ACTION_MODES:
@@ -83,7 +85,7 @@ class Normaliser(nn.Module):
                     )
                 getattr(self, f"obs_shift_{key}").copy_(shift)
                 getattr(self, f"obs_scale_{key}").copy_(scale)
-        if action in ("meanstd", "minmax"):
+        if action in ("meanstd", "minmax", "quantile"):
             shift, scale = _affine(stats["action"], action)
             if shift.shape != self.action_shift.shape:
                 raise ConfigError(f"{len(self.action_shift)} actions here and {len(shift)} in the data")
@@ -94,6 +96,16 @@ class Normaliser(nn.Module):
             self.action_scale.fill_(1.0)
         count = int(stats.get("action", {}).get("count", 0))
         self.provenance = {"obs": obs, "action": action, "source": source, "count": count}
+
+    def fingerprint(self) -> str:
+        """sha256 (hex) of all maps and bounds, rounded to float32: equal where two policies share their units."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.named_buffers()):
+            if value.is_floating_point():
+                # Adding 0 turns -0 into 0, which means the same.
+                array = (value.detach().float().cpu() + 0.0).contiguous().numpy()
+                digest.update(f"{name} {array.shape} ".encode() + array.tobytes())
+        return digest.hexdigest()
 
     def obs(self, obs: Obs) -> Obs:
         """Normalise the float keys of `obs`; a history dimension broadcasts."""
@@ -125,7 +137,16 @@ def _affine(stats: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
     get = lambda name: torch.as_tensor(stats[name], dtype=torch.float32)  # noqa: E731
     if mode == "meanstd":
         return get("mean"), get("std").clamp_min(1e-3)
-    low, high = get("min"), get("max")
+    names = ("q01", "q99") if mode == "quantile" else ("min", "max")
+    missing = [name for name in names if name not in stats]
+    if missing:
+        raise ConfigError(
+            f"normalise_action={mode} needs the statistic {missing[0]!r} of the actions, there are {', '.join(stats)}"
+        )
+    low, high = (get(name) for name in names)
     half = (high - low) / 2
+    if stats.get("mask") is not None:
+        mask = torch.as_tensor(stats["mask"], dtype=torch.bool)
+        low, high, half = low * mask, high * mask, torch.where(mask, half, torch.ones_like(half))
     # A constant dimension would divide by zero: leave it centred and unscaled.
     return (high + low) / 2, torch.where(half < 1e-6, torch.ones_like(half), half)
