@@ -97,6 +97,21 @@ class Normaliser(nn.Module):
         count = int(stats.get("action", {}).get("count", 0))
         self.provenance = {"obs": obs, "action": action, "source": source, "count": count}
 
+    def fit_columns(self, key: str, columns: slice, stats: dict[str, Any], mode: str) -> None:
+        """Set the map of some columns of one observation key, `mode` as in `fit` or `quantile`.
+
+        Raises:
+            ConfigError: a statistic is missing, or has another number of columns.
+        """
+        shift, scale = _affine(stats, mode)
+        for name, values in (("shift", shift), ("scale", scale)):
+            target = getattr(self, f"obs_{name}_{key}")[columns]
+            if target.shape != values.shape:
+                raise ConfigError(
+                    f"{key!r} has {len(target)} such columns here, the statistics {len(values)}"
+                )
+            target.copy_(values)
+
     def fingerprint(self) -> str:
         """sha256 (hex) of all maps and bounds, rounded to float32: equal where two policies share their units."""
         digest = hashlib.sha256()
@@ -141,7 +156,7 @@ def _affine(stats: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
     missing = [name for name in names if name not in stats]
     if missing:
         raise ConfigError(
-            f"normalise_action={mode} needs the statistic {missing[0]!r} of the actions, there are {', '.join(stats)}"
+            f"normalisation by {mode} needs the statistic {missing[0]!r}, there are {', '.join(stats)}"
         )
     low, high = (get(name) for name in names)
     half = (high - low) / 2

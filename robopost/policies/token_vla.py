@@ -3,100 +3,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from robopost.data.batch import Obs, Spec
-from robopost.errors import ConfigError, unknown
+from robopost.errors import ConfigError
 from robopost.nets.encoder import INSTRUCTION, random_shift
 from robopost.nets.vla import prompts as text
-from robopost.nets.vla.language import Cache, Decoder, LanguageConfig, build_llama
+from robopost.nets.vla.language import Cache, Decoder, build_llama
 from robopost.nets.vla.lora import add_lora, merge_lora, weight_rows
-from robopost.nets.vla.towers import DTYPES, Projector, TowerConfig, Vision
-from robopost.policies.tokens import TokenConfig, TokenPolicy, choose, taken
+from robopost.nets.vla.openvla import Shards, action_statistics, load_weights
+from robopost.nets.vla.towers import DTYPES, Projector, Vision
+from robopost.policies.token_vla_config import (
+    TokenVLAConfig,
+    from_checkpoint,
+    make_tokenizer,
+    vocabulary,
+)
+from robopost.policies.tokens import TokenPolicy, choose, taken
 from robopost.registry import POLICIES
 
 if TYPE_CHECKING:
     from robopost.data.dataset import Dataset
 
-LAYOUTS = ("oft", "openvla")
-ATTENTION = ("full", "block")
 STATE = "state"
-WORDS = (  # every word of arm_language's instructions
-    "touch the red cube",
-    "lift the green cube",
-    "put the blue cube in the yellow zone",
-    "purple orange cyan",
-)
-
-
-@dataclass
-class TokenVLAConfig(TokenConfig):
-    """Config of `TokenVLA`; docs/vla.md explains the keys."""
-
-    name: str = "token_vla"
-    layout: str = "oft"  # oft: all slots in one pass | openvla: one after another, each sees those before it
-    attention: str = (
-        "full"  # oft: full = every token sees every token | block = only the slots see each other
-    )
-    slots: str = "learned"  # oft: learned embeddings of the slots | zero, as released OFT checkpoints have
-    proprio: list[int] = field(
-        default_factory=lambda: [0, 0]
-    )  # first column of `state` and how many (0 = the rest); [] = none
-    image_size: int = 0  # pixels the towers see, 0 = those of the observation
-    image_shift: int = 4  # random shift in pixels when cloning, 0 = none
-    siglip: TowerConfig = field(default_factory=TowerConfig)
-    dino: TowerConfig = field(default_factory=lambda: TowerConfig(layers=0, activation="gelu"))
-    language: LanguageConfig = field(default_factory=LanguageConfig)
-    vocab: int = (
-        0  # ids without padding rows, actions the last of them; 0 = text_tokens + bins; 32000 = Llama-2
-    )
-    text_tokens: int = 64  # of a tokenizer made here
-    tokenizer: str = "words"  # words | bpe: made from `texts` | path of a tokenizer.json
-    texts: list[str] = field(default_factory=lambda: list(WORDS))
-    template: str = (
-        "{instruction}"  # OpenVLA: "In: What action should the robot take to {instruction}?\nOut:"
-    )
-    prompt_length: int = 12  # tokens that instructions are padded to
-    tokenizer_json: str = ""  # the tokenizer itself, written when a policy is built
-    dtype: str = "float32"  # float32 | bfloat16: weights of towers and language model
-    freeze_vision: bool = False
-    gradient_checkpointing: bool = False
-    lora_rank: int = 0  # 0 = train all weights
-    lora_alpha: float = 16.0
-    lora_targets: list[str] = field(
-        default_factory=lambda: [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-            "lm_head",
-        ]
-    )  # names of linear layers of the language model
-
-    def check(self) -> None:
-        """Raise ConfigError where a value is out of range."""
-        super().check()
-        for name, allowed in (("layout", LAYOUTS), ("attention", ATTENTION), ("dtype", tuple(DTYPES))):
-            if getattr(self, name) not in allowed:
-                raise unknown(f"policy.{name}", getattr(self, name), allowed)
-        if self.slots not in ("learned", "zero"):
-            raise unknown("policy.slots", self.slots, ("learned", "zero"))
-        if self.proprio and (len(self.proprio) != 2 or min(self.proprio) < 0):
-            raise ConfigError(f"policy.proprio={self.proprio} must be [] or [first column, how many]")
-        if self.history != 1:
-            raise ConfigError(
-                f"policy.history={self.history}: token_vla reads one observation. Fix: history=1"
-            )
-        for name, least in (("image_size", 0), ("image_shift", 0), ("lora_rank", 0), ("prompt_length", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"policy.{name}={getattr(self, name)} must be {least} or more")
 
 
 @POLICIES.register("token_vla", config=TokenVLAConfig)
@@ -123,8 +57,13 @@ class TokenVLA(TokenPolicy):
     }
 
     def __init__(self, config: TokenVLAConfig, spec: Spec) -> None:
+        unnorm_key = config.unnorm_key
+        shards = Shards(Path(config.checkpoint)) if config.checkpoint else None
+        if shards is not None:
+            config = from_checkpoint(config, shards)
         tokenizer = make_tokenizer(config)
-        config = replace(config, tokenizer_json=text.pack(tokenizer))
+        # What is saved with the policy needs no other file.
+        config = replace(config, tokenizer_json=text.pack(tokenizer), checkpoint="", unnorm_key="")
         super().__init__(config, spec)
         self.tokenizer_hash = text.tokenizer_hash(tokenizer)
         self._choose_keys(config, spec)
@@ -155,6 +94,8 @@ class TokenVLA(TokenPolicy):
                     part.to(dtype)
             if self.slots is not None:
                 self.slots.data = self.slots.data.to(dtype)
+        if shards is not None:
+            self._begin_from(shards, unnorm_key)
         if config.freeze_vision:
             self.vision.requires_grad_(False)
         if config.lora_rank:
@@ -164,6 +105,16 @@ class TokenVLA(TokenPolicy):
             self.language.remember = False
             self.vision.checkpoint()
         self._register_mask(lead)
+
+    def _begin_from(self, shards: Shards, unnorm_key: str) -> None:
+        """Weights and action statistics of a checkpoint; the normaliser is then not refitted."""
+        load_weights(self, shards)
+        key, stats = action_statistics(shards.folder, unnorm_key, self.spec.action_dim)
+        source = f"{shards.folder.name}:{key}"
+        self.normaliser.fit({"action": stats["action"]}, obs="identity", action="quantile", source=source)
+        if self.columns and "proprio" in stats:
+            self.normaliser.fit_columns(STATE, slice(*self.columns), stats["proprio"], "quantile")
+        self.normaliser_fixed = True
 
     def _choose_keys(self, config: TokenVLAConfig, spec: Spec) -> None:
         keys = self.obs_keys
@@ -361,32 +312,3 @@ def square(shapes: list[tuple[int, ...]]) -> int:
             f"images have the sizes {shapes}. Fix: policy.image_size=<pixels they are resized to>"
         )
     return sizes.pop()
-
-
-def make_tokenizer(config: TokenVLAConfig) -> str:
-    """The JSON of the tokenizer that `config` holds or describes."""
-    if config.tokenizer_json:
-        return text.unpack(config.tokenizer_json)
-    if config.tokenizer not in ("words", "bpe"):
-        return text.read_tokenizer(config.tokenizer)
-    known = [config.template.replace("{instruction}", item) for item in config.texts]
-    return text.train_tokenizer(known, config.tokenizer, config.text_tokens)
-
-
-def vocabulary(config: TokenVLAConfig, text_tokens: int) -> int:
-    """Ids in use: text first, the actions last.
-
-    OpenVLA writes its actions over the rarest 256 of Llama-2's own 32000 ids, a vocabulary made here keeps them apart.
-
-    Raises:
-        ConfigError: actions would overlap the words of a tokenizer made here.
-    """
-    if config.vocab == 0:
-        return max(config.text_tokens, text_tokens) + config.bins
-    made_here = config.tokenizer in ("words", "bpe")
-    if config.vocab < config.bins or text_tokens > config.vocab - config.bins * made_here:
-        raise ConfigError(
-            f"policy.vocab={config.vocab} must hold {text_tokens} text tokens and {config.bins} action ids. "
-            "Fix: policy.vocab=0"
-        )
-    return config.vocab

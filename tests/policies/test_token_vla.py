@@ -15,7 +15,8 @@ from robopost.nets.flat import Flat, adam
 from robopost.nets.vla.language import LanguageConfig
 from robopost.nets.vla.prompts import to_bytes
 from robopost.nets.vla.towers import TowerConfig
-from robopost.policies.token_vla import TokenVLA, TokenVLAConfig
+from robopost.policies.token_vla import TokenVLA
+from robopost.policies.token_vla_config import TokenVLAConfig
 
 SPEC = Spec(
     {"image": ((16, 16, 3), "uint8"), "state": ((5,), "float32"), "instruction": ((64,), "uint8")},
