@@ -129,9 +129,10 @@ def reference_block(x, held, prefix, index):
     """A timm block by hand: pre-norm attention with joint qkv and layer scale where there is some."""
     get = lambda name: held[f"{prefix}blocks.{index}.{name}"]  # noqa: E731
     width = x.shape[-1]
-    norm = lambda v, n: torch.nn.functional.layer_norm(
-        v, (width,), get(f"{n}.weight"), get(f"{n}.bias"), 1e-6
-    )  # noqa: E731
+
+    def norm(v, n):
+        return torch.nn.functional.layer_norm(v, (width,), get(f"{n}.weight"), get(f"{n}.bias"), 1e-6)
+
     scale = lambda n: held.get(f"{prefix}blocks.{index}.ls{n}.scale_factor", 1.0)  # noqa: E731
     h = norm(x, "norm1") @ get("attn.qkv.weight").T + get("attn.qkv.bias")
     q, k, v = h.view(*x.shape[:2], 3, 2, width // 2).permute(2, 0, 3, 1, 4)
