@@ -15,6 +15,7 @@ from robopost.errors import ConfigError
 from robopost.nets.encoder import INSTRUCTION, random_shift
 from robopost.nets.vla import prompts as text
 from robopost.nets.vla.language import Cache, Decoder, build_llama
+from robopost.nets.vla.linear import use_fused
 from robopost.nets.vla.lora import add_lora, merge_lora, weight_rows
 from robopost.nets.vla.openvla import Shards, action_statistics, load_weights
 from robopost.nets.vla.towers import DTYPES, Projector, Vision
@@ -96,6 +97,7 @@ class TokenVLA(TokenPolicy):
                 self.slots.data = self.slots.data.to(dtype)
         if shards is not None:
             self._begin_from(shards, unnorm_key)
+        use_fused(self)
         if config.freeze_vision:
             self.vision.requires_grad_(False)
         if config.lora_rank:
