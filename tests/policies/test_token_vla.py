@@ -8,9 +8,13 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from robopost.artefacts.checkpoint import load_policy, policy_files, save_folder
+from robopost.artefacts.checkpoint import latest, load_policy, load_tensors, policy_files, save_folder
+from robopost.compose import compose
 from robopost.data.batch import Spec
+from robopost.data.episode import Episode
+from robopost.data.store import EpisodeStore
 from robopost.errors import ConfigError
+from robopost.loops import train
 from robopost.nets.flat import Flat, adam
 from robopost.nets.vla.language import LanguageConfig
 from robopost.nets.vla.prompts import to_bytes
@@ -446,6 +450,70 @@ def test_it_learns_a_handful_of_chunks(layout):
     assert error < 0.02
     swapped = obs | {"instruction": obs["instruction"].roll(1, 0)}
     assert (policy.act(swapped, deterministic=True).chunk - chunk).abs().max() > 0.1
+
+
+def write_store(path):
+    episodes = []
+    for index in range(3):
+        obs = {key: value.numpy() for key, value in observe(rows=6, seed=index).items()}
+        obs["state"] = obs["state"].astype(np.float32)
+        action = np.random.default_rng(index).uniform(-1, 1, (5, 2)).astype(np.float32)
+        reward = np.zeros(5, np.float32)
+        episodes.append(Episode(obs=obs, action=action, reward=reward, terminated=False, truncated=True))
+    with EpisodeStore.create(path, spec=SPEC, fps=10, source="test") as store:
+        for episode in episodes:
+            store.append(episode)
+
+
+@pytest.mark.parametrize("options", [[], ["policy.lora_rank=2", "policy.dtype=bfloat16"]])
+def test_a_resumed_run_of_cloning_goes_on_bitwise(tmp_path, options):
+    write_store(tmp_path / "store.zarr")
+    sizes = [
+        "policy.siglip.width=16",
+        "policy.siglip.layers=1",
+        "policy.siglip.mlp=16",
+        "policy.siglip.patch=8",
+    ]
+    sizes += ["policy.language.width=16", "policy.language.layers=1", "policy.language.mlp=16"]
+    words = [
+        "algo=bc",
+        "policy=token_vla",
+        "policy.horizon=2",
+        *sizes,
+        *options,
+        "algo.batch_size=4",
+        "env=null",
+    ]
+    words += [f"data.path={tmp_path / 'store.zarr'}", "loop.checkpoint_every=3", "accel.threads=1"]
+
+    def run(name, steps, key="out"):
+        train(compose([*words, f"{key}={tmp_path / name}", f"loop.steps={steps}"]))
+        return load_tensors(latest(tmp_path / name) / "policy.safetensors")
+
+    whole = run("whole", 6)
+    run("halves", 3)
+    halves = run("halves", 6, "resume")
+    assert whole.keys() == halves.keys()
+    assert all(torch.equal(whole[name], halves[name]) for name in whole)
+    loaded = load_policy(tmp_path / "halves")
+    assert loaded.act(observe()).chunk.shape == (3, 2, 2)
+
+
+@pytest.mark.parametrize("layout", ["oft", "openvla"])
+def test_the_forward_pass_is_one_graph(layout):
+    policy, obs = make(layout=layout), observe()
+    tokens = some_tokens(policy)
+    want = policy.logits(obs, tokens)
+    whole = torch.compile(policy.logits, backend="eager", fullgraph=True)
+    torch.testing.assert_close(whole(obs, tokens), want)
+
+
+def test_the_config_files_of_released_checkpoints_ask_for_one():
+    for name, layout in (("openvla", "openvla"), ("openvla_oft", "oft")):
+        config = compose(["algo=bc", f"policy={name}", "env=null"]).policy
+        assert (config.layout, config.dtype, config.lora_rank) == (layout, "bfloat16", 32)
+        with pytest.raises(ConfigError, match=r"policy\.checkpoint=FOLDER: no such folder"):
+            TokenVLA(config, SPEC)
 
 
 def test_numpy_of_the_environment_fits():

@@ -55,10 +55,15 @@ class Shards:
     """The tensors of a folder of safetensors files, opened one at a time.
 
     Raises:
+        ConfigError: there is no such folder.
         CheckpointError: a file is missing, damaged, or lacks a tensor that the index promises.
     """
 
     def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise ConfigError(
+                f"policy.checkpoint={folder}: no such folder. Fix: policy.checkpoint=<a checkpoint in OpenVLA's layout>"
+            )
         self.folder = folder
         self._files: dict[Path, dict[str, str]] = {}  # name in the file: name here
         if (folder / INDEX).is_file():
