@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -108,6 +108,14 @@ class Algorithm(ABC):
         """Look at the whole dataset (normalised units) once, before the first update, resumed or not.
 
         For what depends on all of it, e.g. an index of nearest neighbours. Must draw no random numbers.
+        """
+
+    def before_rollouts(self, play: Callable[[Policy, int], float | None]) -> None:  # noqa: B027 - see `attach`
+        """Called once by the on-policy loop of a fresh run, before its first rollout.
+
+        Args:
+            play: plays greedy episodes of a policy in the run's environment and gives the share that succeeded, None
+                where the task has no success predicate. Draws from no random stream of the run.
         """
 
     def begin_online(self) -> None:

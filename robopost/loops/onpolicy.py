@@ -17,9 +17,11 @@ from robopost.errors import CheckpointError, ConfigError
 from robopost.loops.collector import Collector
 from robopost.loops.decisions import collect_decisions
 from robopost.loops.episodes import collect_episodes
-from robopost.loops.run import Files, Run, crossed
-from robopost.policies.base import EPISODE_STEP, Action
+from robopost.loops.run import Files, Run, crossed, stream_seed
+from robopost.policies.base import EPISODE_STEP, Action, Policy
 from robopost.vector import Arrays, VecEnv, make_vec, to_torch
+
+REHEARSAL_STREAM = 101
 
 
 def run_onpolicy(run: Run) -> None:
@@ -67,6 +69,8 @@ def run_onpolicy(run: Run) -> None:
             )
         if recorded is not None:
             algo.attach(recorded.normalise(algo.policy.normaliser))
+        if state is None:
+            algo.before_rollouts(lambda policy, episodes: _success(run, policy, episodes))
         collector = Collector(env, run)
         collector.start(state)
         while run.step < config.loop.steps:
@@ -89,6 +93,15 @@ def run_onpolicy(run: Run) -> None:
                 collector.cut_if_unsaved()
     finally:
         env.close()
+
+
+def _success(run: Run, policy: Policy, episodes: int) -> float | None:
+    """Share of greedy episodes of `policy` that succeed; None where the task has no success predicate."""
+    from robopost.evaluate.rollout import evaluate
+
+    seed = stream_seed(run.config.seed, REHEARSAL_STREAM) % 2**31
+    result = evaluate(policy, run.config.env, episodes=episodes, seed=seed)
+    return None if result.successes is None else float(result.successes.mean())
 
 
 def _recorded(run: Run, env: VecEnv) -> Dataset | None:
