@@ -176,7 +176,9 @@ def learn(algo_config, policy_config, keys, out, *, steps, every=0, copies=32, s
         algo=algo_config,
         policy=policy_config,
         env=ReachConfig(obs_keys=list(keys), num_envs=copies),
-        loop=LoopConfig(**{"steps": steps, "eval_every": every, "log_every": 500, "eval_episodes": 100} | loop),
+        loop=LoopConfig(
+            **{"steps": steps, "eval_every": every, "log_every": 500, "eval_episodes": 100} | loop
+        ),
         track=track,
         seed=seed,
         device="cpu",

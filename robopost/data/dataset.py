@@ -302,8 +302,8 @@ class Dataset:
         steps = self.draw(batch_size, generator, chunks=True)
         return self.chunks_at(steps, horizon, history=history)
 
-    def chunks_at(self, steps: Tensor, horizon: int, *, history: int = 1) -> Batch:
-        """The chunks that begin at `steps` (B,) int64; see `sample_chunks`."""
+    def chunks_at(self, steps: Tensor, horizon: int, *, history: int = 1, extra: Sequence[str] = ()) -> Batch:
+        """The chunks that begin at `steps` (B,) int64; see `sample_chunks`, for `extra` (of the first step) `sample`."""
         index = self._index
         ahead = steps[:, None] + torch.arange(horizon, device=self._home)
         end = take(index.end, steps)[:, None]
@@ -319,6 +319,7 @@ class Dataset:
             truncated=take(self.truncated, steps),
             discount=take(self._goes_on, steps),
             chunk_mask=ahead < end,
+            extra=self._extra(steps, steps, 1.0, extra) if extra else None,
         )
         return self._deliver(batch)
 

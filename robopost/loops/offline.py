@@ -90,7 +90,7 @@ def batch_at(dataset: Dataset, algo: Algorithm, steps: Tensor) -> Batch:
     """The batch that `algo` asks for, begun at `steps` (B,) int64."""
     needs, policy = algo.needs, algo.policy
     if needs.chunks:
-        return dataset.chunks_at(steps, policy.horizon, history=policy.history)
+        return dataset.chunks_at(steps, policy.horizon, history=policy.history, extra=needs.extra)
     return dataset.transitions_at(
         steps, n_step=needs.n_step, gamma=needs.gamma, extra=needs.extra, history=policy.history
     )

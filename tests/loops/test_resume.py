@@ -27,6 +27,7 @@ from robopost.errors import CheckpointError, ConfigError
 from robopost.loops import train
 from robopost.policies.base import build_policy
 from robopost.policies.flow import FlowConfig
+from robopost.policies.tokens import TokenMLPConfig
 from robopost.registry import ALGOS
 from robopost.vector import make_vec
 
@@ -41,6 +42,16 @@ STATIONARY = [
 CHUNKS = [
     *("policy.horizon=4", "policy.execute=2", "policy.steps=3", "policy.width=16", "policy.depth=1"),
     *("algo.rollout_steps=5", "algo.batch_size=8", "algo.epochs=2", "algo.hidden=[16]"),
+]
+SPEC = Spec({"state": ((3,), "float32")}, 1, (-1.0,), (1.0,), 20)
+TOKENS = ["policy=token", "policy.horizon=4", "policy.execute=2", "policy.bins=16", "policy.hidden=[16]"]
+EPISODES = [
+    *TOKENS,
+    "env.max_steps=10",
+    "algo.group=2",
+    "algo.outcome=return",
+    "algo.epochs=2",
+    "algo.batch_size=4",
 ]
 POLICY = {
     "bc": ["policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1"],
@@ -89,6 +100,16 @@ POLICY = {
     "dppo": [*CHUNKS, "algo.finetune_steps=2", "algo.min_log_prob_std=0.2"],
     "policyflow": [*CHUNKS, "policy.solver=midpoint", "policy.prediction=velocity", "algo.desired_kl=0.001"],
     "fpo": [*CHUNKS, "algo.pairs=3"],
+    "grpo": EPISODES,
+    "token_ppo": [*TOKENS, "algo.rollout_steps=5", "algo.batch_size=8", "algo.epochs=2", "algo.hidden=[16]"],
+    "vla_opd": [
+        *EPISODES,
+        "algo.lambda_outcome=1",
+        "algo.reference=student_init",
+        "algo.reward_scale=1.25",
+        "algo.check_teacher=0",
+    ],
+    "vla_opd_cached": [*TOKENS, "algo.reference=student_init", "algo.reward_scale=1.25"],
     "props": [
         "policy=gaussian",
         "policy.hidden=[16]",
@@ -108,9 +129,8 @@ ENVS = {
 def store(tmp_path_factory):
     """Episodes of a noisy integrator with both kinds of endings."""
     path = tmp_path_factory.mktemp("data") / "toy.zarr"
-    spec = Spec({"state": ((3,), "float32")}, 1, (-1.0,), (1.0,), 20)
     rng = np.random.default_rng(0)
-    with EpisodeStore.create(path, spec=spec, fps=10.0, source="toy") as made:
+    with EpisodeStore.create(path, spec=SPEC, fps=10.0, source="toy") as made:
         for index in range(6):
             action = rng.uniform(-1, 1, (20, 1)).astype(np.float32)
             state = np.concatenate([np.zeros((1, 3)), np.cumsum(np.repeat(action, 3, 1), 0)]).astype(
@@ -126,11 +146,29 @@ def words(algo, store, env=None):
     out = [f"algo={algo}", *POLICY[algo], "loop.steps=60", "loop.log_every=20", "loop.checkpoint_every=30"]
     regime = ALGOS.get(algo).target.regime
     out += ["loop.eval_episodes=2", "algo.batch_size=8"] if regime != "onpolicy" else ["loop.eval_episodes=2"]
+    if algo.startswith("vla_opd"):
+        out.append(
+            f"algo.teacher={teacher(store.parent / f'teacher {env}'.replace(' ', '_'), ENVS.get(env))}"
+        )
     if regime == "offline":
         return [*out, f"data.path={store}", "env=null"]
     if "policy=residual" in out:
         out.append(f"policy.base={base_policy(store.parent / env.replace(' ', '_'), ENVS[env])}")
     return [*out, *ENVS[env], "loop.steps=120", "loop.checkpoint_every=60", "loop.log_every=40"]
+
+
+def teacher(folder, env):
+    """An untrained token policy for `env`, or for the store's task."""
+    if not folder.exists():
+        torch.manual_seed(1)
+        spec = SPEC
+        if env is not None:
+            vec = make_vec(compose(["algo=td3", *env]).env, 1)
+            spec = vec.spec
+            vec.close()
+        config = TokenMLPConfig(horizon=4, bins=16, hidden=[16])
+        save_folder(folder, policy_files(build_policy(config, spec)))
+    return folder
 
 
 def base_policy(folder, env):

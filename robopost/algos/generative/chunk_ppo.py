@@ -2,7 +2,8 @@
 """The frame of on-policy fine-tuning of chunk policies: critic, advantages per decision, epochs of minibatches.
 
 A transition is one decision: a chunk is sampled, `policy.execute` of its steps are executed, their rewards are summed.
-ReinFlow, DPPO, PolicyFlow and FPO differ in how they explore (`decide`) and in the ratio they clip (`actor_loss`).
+ReinFlow, DPPO, PolicyFlow, FPO and PPO on tokens differ in how they explore (`decide`) and in the ratio they clip
+(`actor_loss`).
 """
 
 from __future__ import annotations
@@ -128,7 +129,8 @@ class ChunkPPO(Algorithm):
 
     regime = "onpolicy"
     steps = ("actor_step", "critic_step")
-    policies: ClassVar[tuple[type[ChainPolicy], ...]] = (ChainPolicy,)  # policy classes that fit
+    policies: ClassVar[tuple[type[Policy], ...]] = (ChainPolicy,)  # policy classes that fit
+    kind: ClassVar[str] = "flow or diffusion"  # what they are called where they are no registered ones
     fix: ClassVar[str] = "policy=pretrained policy.path=<run of a flow policy>, or policy=flow"
 
     def __init__(
@@ -144,10 +146,9 @@ class ChunkPPO(Algorithm):
         if not isinstance(policy, self.policies):
             wanted = " or ".join(sorted(kind.registry_name for kind in self.policies if kind.registry_name))
             raise ConfigError(
-                f"algo={self.registry_name} fine-tunes a {wanted or 'flow or diffusion'} policy, "
+                f"algo={self.registry_name} fine-tunes a {wanted or self.kind} policy, "
                 f"policy={policy.registry_name} is none. Fix: {self.fix}"
             )
-        self.policy: ChainPolicy = policy
         self.config: ChunkPPOConfig = config
         modules = self.build_actor()
         self.critic = ObsValue(policy, config.hidden, config.activation).to(device)
@@ -168,7 +169,7 @@ class ChunkPPO(Algorithm):
     @property
     def rows_per_decision(self) -> int:
         """Evaluations of the network per decision in `actor_loss`."""
-        return self.policy.num_steps
+        return 1
 
     @property
     def needs(self) -> Needs:

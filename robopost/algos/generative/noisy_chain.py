@@ -19,6 +19,7 @@ from robopost.algos.generative.chunk_ppo import ChunkPPO, ChunkPPOConfig
 from robopost.data.batch import Batch, Obs
 from robopost.errors import ConfigError
 from robopost.policies.base import Action
+from robopost.policies.chain import ChainPolicy
 from robopost.policies.gaussian import normal_log_density
 
 
@@ -43,6 +44,7 @@ class NoisyChainPPO(ChunkPPO):
     """Explores with noise in every step of the chain, learns from the densities of the fine-tuned steps."""
 
     config: NoisyChainConfig
+    policy: ChainPolicy
 
     def build_actor(self) -> list[nn.Module]:
         """The policy, its first steps frozen."""

@@ -58,6 +58,7 @@ class Decisions:
         episode: (n,) which of the M episodes a decision belongs to.
         depth: (n,) its place in it.
         success: (M,) outcome of the episodes, 0 or 1.
+        returns: (M,) sum of their rewards.
         longest: decisions of the longest episode.
     """
 
@@ -67,6 +68,7 @@ class Decisions:
     episode: Tensor
     depth: Tensor
     success: Tensor
+    returns: Tensor
     longest: int
 
     @property
@@ -97,6 +99,7 @@ class Decisions:
             pick(self.episode),
             pick(self.depth),
             self.success,
+            self.returns,
             self.longest,
         )
 
@@ -121,6 +124,7 @@ class Decisions:
             torch.arange(episodes, device=device).repeat(deep),
             torch.arange(deep, device=device).repeat_interleave(episodes),
             batch.extra["success"][0],
+            batch.extra["return"][0],
             deep,
         )
         return rows.keep(rows.mask.any(-1))  # the one wait for the device in a rollout

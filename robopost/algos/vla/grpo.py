@@ -23,10 +23,12 @@ from robopost.algos.vla.frame import (
 )
 from robopost.algos.vla.objectives import clipped_tokens, entropy, group_advantages, slot_mean
 from robopost.data.batch import Spec, below
-from robopost.errors import ConfigError
+from robopost.errors import ConfigError, unknown
 from robopost.policies.base import Policy
 from robopost.policies.tokens import TokenPolicy, taken
 from robopost.registry import ALGOS
+
+OUTCOMES = ("success", "return")
 
 
 @dataclass
@@ -35,9 +37,12 @@ class OutcomeConfig(EpisodesConfig):
 
     clip_low: float = 0.2  # ratios of tokens are clipped to 1 - clip_low .. 1 + clip_high
     clip_high: float = 0.28
+    outcome: str = "success"  # success | return: what episodes of a group are compared by
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.outcome not in OUTCOMES:
+            raise unknown("algo.outcome", self.outcome, OUTCOMES)
         if not 0 < self.clip_low < 1:
             raise ConfigError(f"algo.clip_low={self.clip_low} must lie in (0, 1)")
         if not self.clip_high > 0:
@@ -89,9 +94,10 @@ def outcome_loss(log_prob: Tensor, rows: dict[str, Tensor], config: OutcomeConfi
     return loss, metrics
 
 
-def outcome_columns(rows: Decisions, group: int) -> tuple[dict[str, Tensor], Metrics]:
+def outcome_columns(rows: Decisions, config: OutcomeConfig) -> tuple[dict[str, Tensor], Metrics]:
     """`advantage` (n,) and `mixed` (n,) of decisions, from the outcomes of their episodes."""
-    advantage, mixed = group_advantages(rows.success, group)
+    outcome = rows.success if config.outcome == "success" else rows.returns
+    advantage, mixed = group_advantages(outcome, config.group)
     columns = {"advantage": advantage[rows.episode], "mixed": mixed[rows.episode]}
     return columns, {"data/mixed_groups": mixed.float().mean()}
 
@@ -119,10 +125,10 @@ class GRPO(EpisodeAlgorithm):
 
     def prepare(self, rows: Decisions) -> tuple[dict[str, Tensor], Metrics]:
         """Log-probabilities of the taken tokens, and advantages; groups of equal outcomes are dropped."""
-        columns, metrics = outcome_columns(rows, self.config.group)
+        columns, metrics = outcome_columns(rows, self.config)
         metrics |= {"data/valid": rows.mask.float().mean()}
         rows = rows.keep(columns["mixed"])
-        columns, _ = outcome_columns(rows, self.config.group)
+        columns, _ = outcome_columns(rows, self.config)
         data = rows.columns() | columns | {"tokens": rows.tokens}
         if len(rows):
             data["old"] = score_taken(self.policy, rows.obs, rows.tokens)

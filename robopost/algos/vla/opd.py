@@ -136,7 +136,7 @@ class VLAOPD(EpisodeAlgorithm):
         """See `EpisodeAlgorithm.update`."""
         if self.updates == 0 and batch.extra is not None and not bool(batch.extra["success"].any()):
             log.warning(
-                "no episode of the first rollout succeeds: a student at 0 %% rarely reaches states where the teacher's "
+                "no episode of the first rollout succeeds: a student at 0 % rarely reaches states where the teacher's "
                 "advice matters. Fix: more demonstrations before distilling, or a larger algo.group x algo.episodes"
             )
         return super().update(batch)
@@ -161,7 +161,7 @@ class VLAOPD(EpisodeAlgorithm):
         elif cfg.routing == "uni_opd":
             metrics |= self._shift(rows, data)
         if cfg.lambda_outcome:
-            columns, found = outcome_columns(rows, cfg.group)
+            columns, found = outcome_columns(rows, cfg)
             data |= columns
             metrics |= found
         return data, metrics
