@@ -77,6 +77,7 @@ class VecEnv:
 
     def reset(self, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None) -> Arrays:
         """Start new episodes everywhere; `seed` is one base seed or one per environment."""
+        self.want_images(None)  # whoever resets looks at the first observation of all
         seeds = list(seed) if isinstance(seed, (list, tuple, np.ndarray, range)) else seed
         raw, _ = self.env.reset(seed=cast(Any, seeds), options=options)
         obs = self._to_dict(raw)
