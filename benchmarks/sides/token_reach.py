@@ -6,8 +6,10 @@ is 4 actions, 8 tokens of 256 bins. The expert is a proportional controller. A t
 chunks, a student from those of a few episodes.
 """
 
-from dataclasses import dataclass, replace
+import time
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -15,9 +17,11 @@ import torch
 from gymnasium.vector import AutoresetMode, VectorEnv
 
 from robopost.artefacts.checkpoint import policy_files, save_folder
-from robopost.config import EnvConfig, LoopConfig, TrackConfig, TrainConfig
+from robopost.config import DataConfig, EnvConfig, LoopConfig, TrackConfig, TrainConfig
 from robopost.evaluate.rollout import evaluate
 from robopost.loops import train
+from robopost.loops.collector import Collector
+from robopost.loops.episodes import collect_episodes
 from robopost.policies.base import build_policy
 from robopost.registry import ENVS
 from robopost.vector import make_vec
@@ -169,6 +173,41 @@ def success(policy, keys, episodes=100, seed=1_000_000):
     return float(result.successes.mean())
 
 
+def build(cls, config, policy, seed):
+    """The algorithm on `policy`, without a run folder."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return cls(config, policy, policy.spec, device=CPU, generator=generator)
+
+
+def iterate(algo, keys, count, seed, copies=32):
+    """`count` iterations of rollout and update; yields (number, batch, seconds of collecting, scoring and learning)."""
+    env = make_vec(ReachConfig(obs_keys=list(keys)), copies)
+    run = SimpleNamespace(
+        config=SimpleNamespace(data=DataConfig(), seed=seed),
+        device=CPU,
+        generators={"policy": torch.Generator().manual_seed(seed)},
+        record_episode=lambda figures: None,
+    )
+    collector, needs, spent = Collector(env, run), algo.needs, []
+    prepare = algo.prepare
+
+    def timed(rows):
+        began = time.perf_counter()
+        found = prepare(rows)
+        spent.append(time.perf_counter() - began)
+        return found
+
+    algo.prepare = timed
+    for number in range(1, count + 1):
+        began = time.perf_counter()
+        batch, _ = collect_episodes(collector, algo, needs.episodes, needs.group)
+        collected = time.perf_counter()
+        algo.update(algo.policy.normaliser.batch(batch))
+        scored = spent.pop()
+        yield number, batch, (collected - began, scored, time.perf_counter() - collected - scored)
+    env.close()
+
+
 def learn(algo_config, policy_config, keys, out, *, steps, every=0, copies=32, seed=0, **loop):
     """`robopost train` for `steps` environment steps; returns the run folder."""
     track = TrackConfig(tensorboard=False, console=False)
@@ -184,4 +223,4 @@ def learn(algo_config, policy_config, keys, out, *, steps, every=0, copies=32, s
         device="cpu",
         out=str(out),
     )
-    return train(replace(config))
+    return train(config)

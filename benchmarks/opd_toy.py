@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On-policy distillation on a point that reaches its goal: estimators and divergences at equal episodes.
+
+Observations are 28 x 28 images (smoke: states), a chunk is 8 tokens of 256 bins. The policy is a convolutional encoder
+with an MLP (0.36M parameters), not a vision-language model. A teacher is cloned from 600 episodes of a controller, one
+student per seed from 30. Every method starts from the same student and plays 32 episodes per iteration, in two
+minibatches (AdamW, 5e-4): exact and sampled reverse KL, the sampled one with its control variate, forward KL, hard
+cross-entropy, and GRPO in groups of 8. Success is over 100 greedy episodes from the same starts. The task has one mode
+and hardly any noise: no ranking of divergences is to be expected from it.
+"""
+
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+from sides.token_reach import build, clone, demonstrations, iterate, save, success
+
+from robopost.algos.vla.grpo import GRPO, GRPOConfig
+from robopost.algos.vla.opd import VLAOPD, VLAOPDConfig
+from robopost.bench import Bench
+from robopost.policies.pretrained import load_pretrained
+from robopost.policies.tokens import TokenMLPConfig
+
+SUITE = "vla"
+HORIZON = 4
+VARIANTS = {
+    "exact": {},
+    "sampled": {"kl_estimator": "sample"},
+    "control_variate": {"kl_estimator": "sample", "control_variate": True},
+    "forward": {"divergence": "forward"},
+    "hard_ce": {"divergence": "hard_ce"},
+    "grpo": {},
+}
+
+
+def cloned(keys, episodes, noise, updates, seed):
+    """A policy cloned from the controller."""
+    demos = demonstrations(episodes, HORIZON, keys, seed, noise=noise)
+    return clone(TokenMLPConfig(horizon=HORIZON, hidden=[128, 128]), demos, updates, seed)
+
+
+def curve(name, keys, iterations, seed, teacher, student):
+    """Success by iteration, greedy and of the episodes played, and seconds per iteration by kind of work."""
+    policy = load_pretrained(student)
+    options = {"lr": 5e-4, "batch_size": 100}
+    if name == "grpo":
+        algo = build(GRPO, GRPOConfig(group=8, **options), policy, seed)
+    else:
+        algo = build(VLAOPD, VLAOPDConfig(teacher=teacher, **options, **VARIANTS[name]), policy, seed)
+    every = max(1, iterations // 6)
+    at, greedy, played, seconds = [0], [success(policy, keys)], [], []
+    for number, batch, spent in iterate(algo, keys, iterations, seed):
+        played.append(float(batch.extra["success"][0].mean()))
+        seconds.append(spent)
+        if number % every == 0:
+            at.append(number)
+            greedy.append(success(policy, keys))
+    mean = torch.tensor(seconds).mean(0).tolist()
+    found = {"iteration": at, "greedy": greedy, "played": played}
+    return found | dict(zip(("collect_s", "teacher_s", "learn_s"), mean, strict=True))
+
+
+def run(bench: Bench) -> None:
+    """One cell per method and seed."""
+    torch.set_num_threads(1)
+    keys = bench.scale(smoke=["state"], small=["image"], paper=["image"])
+    iterations = bench.scale(smoke=6, small=60, paper=240)
+    seeds = range(bench.scale(smoke=1, small=3, paper=3))
+    teaching = bench.scale(smoke=150, small=1500, paper=1500)
+    with tempfile.TemporaryDirectory() as folder:
+
+        @cache
+        def teacher():
+            return save(cloned(keys, 600, 0.5, teaching, 1), Path(folder) / "teacher")
+
+        @cache
+        def student(seed):
+            return save(cloned(keys, 30, 0.0, 200, 100 + seed), Path(folder) / f"student{seed}")
+
+        found: dict[str, list] = {name: [] for name in VARIANTS}
+        for name in VARIANTS:
+            for seed in seeds:
+
+                def cell(name=name, seed=seed):
+                    return curve(name, keys, iterations, seed, teacher(), student(seed))
+
+                params = {"keys": keys, "iterations": iterations, "teaching": teaching}
+                row = bench.cell(f"{name}/seed{seed}", cell, params=params, seed=seed)
+                if row:
+                    found[name].append(row)
+        taught = bench.cell(
+            "teacher",
+            lambda: {"success": success(load_pretrained(teacher()), keys)},
+            params={"updates": teaching},
+        )
+    report(bench, found, taught["success"], iterations)
+
+
+def report(bench, found, teacher, iterations):
+    """Tables and figures."""
+    mean = lambda values: sum(values) / len(values) if values else float("nan")  # noqa: E731
+    ends = {name: [row["greedy"][-1] for row in rows] for name, rows in found.items()}
+    starts = [row["greedy"][0] for row in found["exact"]]
+    table, split = [], []
+    for name, rows in found.items():
+        if not rows:
+            continue
+        at = rows[0]["iteration"]
+        by = {f"after {n}": mean([row["greedy"][i] for row in rows]) for i, n in enumerate(at)}
+        last = mean([mean(row["played"][-10:]) for row in rows])
+        table.append({"method": name, "seeds": len(rows), **by, "last 10, sampled": last})
+        parts = {
+            key: 1000 * mean([row[f"{key}_s"] for row in rows]) for key in ("collect", "teacher", "learn")
+        }
+        split.append({"method": name} | {f"{key} ms": value for key, value in parts.items()})
+    caption = (
+        f"Greedy success after iterations of 32 episodes, mean over seeds; the teacher has {teacher:.2f}."
+    )
+    bench.table("success", table, caption=caption)
+    bench.table(
+        "time",
+        split,
+        caption="Milliseconds of an iteration: rollout, scoring (teacher, old student), learning.",
+    )
+
+    def figure(name, values, note, target=None):
+        bounds = (min(values), max(values)) if values else None
+        bench.figure(name, mean(values), interval=bounds, unit="fraction", target=target, note=note)
+
+    note = f"greedy success after {iterations} iterations, min to max over seeds"
+    figure("opd_toy_exact", ends["exact"], f"{note}; students begin at {mean(starts):.2f}", target=0.3)
+    for other in ("sampled", "grpo"):
+        pairs = [a - b for a, b in zip(ends["exact"], ends[other], strict=False)]
+        figure(f"opd_toy_exact_minus_{other}", pairs, f"{note}, seed by seed", target=0.0)
+    played = [
+        mean(a["played"][-10:]) - mean(b["played"][-10:])
+        for a, b in zip(found["exact"], found["sampled"], strict=False)
+    ]
+    figure(
+        "opd_toy_exact_minus_sampled_played",
+        played,
+        "success of the last 10 iterations' episodes",
+        target=0.0,
+    )
