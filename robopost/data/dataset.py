@@ -303,7 +303,7 @@ class Dataset:
         return self.chunks_at(steps, horizon, history=history)
 
     def chunks_at(self, steps: Tensor, horizon: int, *, history: int = 1, extra: Sequence[str] = ()) -> Batch:
-        """The chunks that begin at `steps` (B,) int64; see `sample_chunks`, for `extra` (of the first step) `sample`."""
+        """The chunks that begin at `steps` (B,) int64; see `sample_chunks`, and `sample` for `extra` (of step one)."""
         index = self._index
         ahead = steps[:, None] + torch.arange(horizon, device=self._home)
         end = take(index.end, steps)[:, None]

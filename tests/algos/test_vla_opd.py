@@ -2,7 +2,6 @@
 """VLA-OPD: what an update does with a rollout, and which teachers and options are refused."""
 
 import importlib.util
-import logging
 import math
 from pathlib import Path
 
@@ -10,14 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from robopost.algos.vla.flow_opd import chain_kl, chain_means
 from robopost.algos.vla.frame import Decisions
 from robopost.algos.vla.objectives import kl, scope_weights
-from robopost.algos.vla.teachers import translated
-from robopost.data.batch import Spec
-from robopost.errors import CheckpointError, ConfigError
-from robopost.nets.norm import Normaliser
-from robopost.policies.diffusion import Diffusion, DiffusionConfig
 from robopost.policies.tokens import TokenConfig, TokenPolicy, taken
 from robopost.registry import POLICIES
 
@@ -275,22 +268,6 @@ def test_temperature_is_that_of_both_and_is_exported(teacher):
     assert make(own, teacher)._teacher.tokens.temperature == 0.7
 
 
-def test_teacher_is_scored_on_observations_in_its_own_units(tmp_path):
-    expert = make_policy(7)
-    stats = {
-        key: {"mean": [3.0] * n, "std": [2.0] * n, "min": [0.0] * n, "max": [1.0] * n}
-        for key, n in (("state", 3), ("action", 2))
-    }
-    expert.normaliser.fit(stats, obs="meanstd")
-    student = make_policy(1)
-    algo = make(student, save(expert, tmp_path / "teacher"))
-    raw = torch.randn(5, 3) * 4
-    seen = algo._teacher.observes(student.normaliser.obs({"state": raw}))
-    torch.testing.assert_close(seen["state"], (raw - 3.0) / 2.0)
-    same = {"state": raw}
-    assert translated(same, Normaliser(SPEC), Normaliser(SPEC))["state"] is raw
-
-
 def test_state_holds_the_initial_student_and_not_the_teacher(teacher):
     student = make_policy(1)
     algo = make(student, teacher, reference="student_init", reward_scale=1.25)
@@ -331,191 +308,3 @@ def test_compiled_update_is_the_eager_one(teacher):
             algo.update(rollout(student, seed=seed))
         found.append(algo._flat.data.clone())
     torch.testing.assert_close(*found)
-
-
-# -- teachers that don't fit ---------------------------------------------------------------------------------
-
-
-def test_mismatched_teachers_are_refused(tmp_path):
-    """Check 5: other normalisation keys raise; so does everything else that makes log-probabilities incomparable."""
-    student = make_policy(1)
-    cases = {
-        "policy.horizon=4": make_policy(horizon=4),
-        "policy.bins=32": make_policy(bins=32),
-        "both must be": make_flow(),
-    }
-    other = make_policy()
-    other.normaliser.action_scale[1] = 1.5
-    cases["action 1: 2 from environment bounds"] = None
-    for index, (words, policy) in enumerate(cases.items()):
-        if policy is None:
-            policy, words = (
-                other,
-                r"normalise actions differently \(action 1: 1.5 from environment bounds, 2 from",
-            )
-        with pytest.raises(ConfigError, match=words):
-            make(student, save(policy, tmp_path / str(index)))
-    with pytest.raises(ConfigError, match=r"algo\.teacher is empty"):
-        make(student)
-    with pytest.raises(CheckpointError):
-        make(student, str(tmp_path / "nowhere"))
-    narrow = Spec({"other": ((3,), "float32")}, 2, (-2.0, -1.0), (2.0, 3.0), 40)
-    with pytest.raises(ConfigError, match="observes 'other'"):
-        make(student, save(make_policy(spec=narrow), tmp_path / "narrow"))
-
-
-def test_other_tokenizer_is_refused(tmp_path, monkeypatch):
-    expert = save(make_policy(7), tmp_path / "teacher")
-    student = make_policy(1)
-    student.tokenizer_hash = "aaaa"
-    make(student, expert)  # the teacher has none
-    import robopost.algos.vla.teachers as module
-
-    real = module.load_pretrained
-
-    def load(*args, **options):
-        policy = real(*args, **options)
-        policy.tokenizer_hash = "bbbb"
-        return policy
-
-    monkeypatch.setattr(module, "load_pretrained", load)
-    with pytest.raises(ConfigError, match="another tokenizer"):
-        make(student, expert)
-
-
-def test_teacher_at_zero_is_refused_before_training(teacher):
-    algo = make(make_policy(1), teacher, check_teacher=7)
-    asked = []
-
-    def play(success):
-        def run(policy, episodes):
-            asked.append((policy, episodes))
-            return success
-
-        return run
-
-    algo.before_rollouts(play(0.3))
-    algo.before_rollouts(play(None))
-    assert asked[0] == (algo._teacher.policy, 7)
-    with pytest.raises(ConfigError, match="succeeds in 0 of 7 greedy episodes"):
-        algo.before_rollouts(play(0.0))
-    unchecked = make(make_policy(1), teacher, check_teacher=0)
-    unchecked.before_rollouts(play(0.0))
-    assert len(asked) == 3
-
-
-def test_student_at_zero_is_warned_of_once(teacher, caplog):
-    student = make_policy(1)
-    algo = make(student, teacher)
-    with caplog.at_level(logging.WARNING):
-        algo.update(rollout(student, success=[0.0] * 4))
-        assert "a student at 0 % rarely reaches states" in caplog.text
-        caplog.clear()
-        algo.update(rollout(student, success=[0.0] * 4))
-        assert not caplog.text
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"kl_estimator": "sampled"}, "unknown algo.kl_estimator 'sampled'.*Did you mean 'sample'"),
-        ({"divergence": "kl"}, "unknown algo.divergence"),
-        ({"routing": "scpe"}, "Did you mean 'scope'"),
-        ({"control_variate": True}, "algo.control_variate=true"),
-        ({"kl_estimator": "sample", "top_k": 5}, "algo.top_k=5"),
-        ({"kl_estimator": "sample", "divergence": "forward"}, "option of the reverse KL"),
-        ({"return_to_go": True, "divergence": "jsd"}, "reward of the reverse KL"),
-        ({"reward_scale": 1.25}, "algo.reward_scale=1.25 with algo.reference=none"),
-        ({"reference": "student_init"}, "Fix: set both"),
-        ({"lambda_outcome": 1.0}, "algo.group=1"),
-        ({"routing": "scope"}, "algo.group=1: algo.routing=scope compares"),
-        ({"lambda_opd": 0.0}, "nothing to learn from"),
-        ({"jsd_beta": 1.5}, r"algo.jsd_beta=1.5 must lie in \[0, 1\]"),
-        ({"temperature": -1.0}, "algo.temperature=-1.0"),
-        ({"flow_noise": 0.0}, "algo.flow_noise=0.0"),
-        ({"teacher_dtype": "int8"}, "unknown algo.teacher_dtype"),
-    ],
-)
-def test_options_that_make_no_sense_are_refused(teacher, options, words):
-    with pytest.raises(ConfigError, match=words):
-        make(make_policy(1), teacher, **options)
-
-
-# -- flow students -------------------------------------------------------------------------------------------
-
-
-def test_flow_student_by_hand(tmp_path):
-    """KL of equal-variance Gaussians of every step of the student's own noisy chain."""
-    student, expert = make_flow(1), make_flow(2)
-    algo = make(student, save(expert, tmp_path / "teacher"), flow_noise=0.2)
-    g = torch.Generator().manual_seed(0)
-    obs = {"state": torch.randn(4, 3, generator=g)}
-    action = algo.decide(obs, g)
-    assert action.chain.shape == (4, 5, 3, 2)
-    raw = action.chain[:, -1].clamp(-1, 1)
-    torch.testing.assert_close(action.chunk, student.normaliser.unnormalise_action(raw))
-    moved = chain_means(student, obs, action.chain[:, :-1], 0)
-    noise = (action.chain[:, 1:] - moved).flatten()
-    assert noise.std().item() == pytest.approx(0.2, rel=0.3)
-    token = make_policy(1)
-    batch = rollout(token, decisions=1, lengths=[3, 1, 2, 3])
-    batch = type(batch)(**{**vars(batch), "chain": action.chain[None], "obs": {"state": obs["state"][None]}})
-    loss, grad, metrics = losses(algo, batch)
-    total, count = 0.0, 0
-    for m, length in enumerate([3, 1, 2, 3]):
-        one = {"state": obs["state"][m : m + 1]}
-        for k in range(4):
-            x = action.chain[m, k][None, None]
-            ours, theirs = (item.means(x, k, item.encoder(one))[0, 0] for item in (student, expert))
-            gauss = torch.distributions.Normal
-            divergence = torch.distributions.kl_divergence(gauss(ours, 0.2), gauss(theirs, 0.2))
-            total += divergence[:length].sum().item()
-            count += 2 * length
-    assert loss.item() == pytest.approx(total / count, rel=1e-4)
-    assert metrics["loss/opd"] == metrics["policy/kl_teacher"] == loss
-    assert grad.norm() > 0
-    torch.testing.assert_close(
-        chain_kl(torch.ones(1, 2, 1, 1), torch.zeros(1, 2, 1, 1), 0.5), torch.full((1, 1, 1), 2.0)
-    )
-
-
-def test_flow_student_learns_and_frozen_steps_stay(tmp_path):
-    expert = save(make_flow(2), tmp_path / "teacher")
-    student = make_flow(1, frozen_steps=2)
-    algo = make(student, expert, lr=1e-3)
-    token, g = make_policy(1), torch.Generator().manual_seed(0)
-    frozen = [p.clone() for p in student.frozen.parameters()]
-    values = []
-    for seed in range(60):
-        batch = rollout(token, seed=seed)
-        action = algo.decide({"state": batch.obs["state"].flatten(0, 1)}, g)
-        batch = type(batch)(**{**vars(batch), "chain": action.chain.unflatten(0, (3, 4))})
-        values.append(algo.update(batch)["loss/opd"].item())
-    assert values[-1] < 0.3 * values[0]
-    assert all(torch.equal(a, b) for a, b in zip(frozen, student.frozen.parameters(), strict=True))
-
-
-def test_flow_student_refuses_what_only_tokens_have(tmp_path):
-    expert = save(make_flow(2), tmp_path / "teacher")
-    for options, word in (
-        ({"kl_estimator": "sample"}, "kl_estimator=sample"),
-        ({"divergence": "forward"}, "divergence=forward"),
-        ({"lambda_outcome": 1.0, "group": 2}, "lambda_outcome"),
-        ({"temperature": 1.6}, "temperature"),
-        ({"return_to_go": True}, "return_to_go"),
-    ):
-        with pytest.raises(ConfigError, match=f"algo.{word}.* is for token policies"):
-            make(make_flow(1), expert, **options)
-    with pytest.raises(ConfigError, match=r"policy\.steps=4, the student has 5"):
-        make(make_flow(1, steps=5), expert)
-    torch.manual_seed(0)
-    sizes = {
-        "horizon": 3,
-        "steps": 4,
-        "train_steps": 20,
-        "width": 16,
-        "depth": 1,
-        "normalise_action": "bounds",
-    }
-    with pytest.raises(ConfigError, match="can't score policy=diffusion"):
-        make(Diffusion(DiffusionConfig(**sizes), SPEC), expert)
