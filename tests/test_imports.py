@@ -21,6 +21,7 @@ LEVELS = {
     "track": 4,
     "report": 5,
     "loops": 5,
+    "merging": 5,
     "collect": 6,
     "suite": 6,
     "demo": 7,

@@ -14,6 +14,7 @@ COMMANDS = {
     "eval": "evaluate a policy: success and return with intervals, video, JSON",
     "collect": "record episodes of a scripted expert or a policy into a store",
     "data": "inspect, verify, import and export datasets",
+    "merge": "merge the weights of a model and its fine-tuned children",
     "report": "one HTML page of runs: curves, tables, videos",
     "bench": "run a benchmark, or say which targets hold",
     "demo": "demonstrations -> flow policy -> fine-tuned -> evaluated, in minutes on a CPU",

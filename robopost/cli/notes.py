@@ -36,10 +36,16 @@ def settings(root: str) -> str:
     """The settings of a command, `key=default` and what it means."""
     from robopost import config
     from robopost.cli.explain import rows
+    from robopost.merging.config import MergeConfig
 
-    schema = {"eval": config.EvalConfig, "collect": config.CollectConfig, "demo": config.DemoConfig}[root]
+    schema = {
+        "eval": config.EvalConfig,
+        "collect": config.CollectConfig,
+        "demo": config.DemoConfig,
+        "merge": MergeConfig,
+    }[root]
     lines = ["settings:"]
     for key, _, default, note in rows(schema):
-        shown = "" if default in ("(must be set)", "null", '""') else default
+        shown = "" if default in ("(must be set)", "null", '""', "[]", "{}") else default
         lines.append(f"  {key + '=' + shown:<22}{note}")
     return "\n".join(lines)

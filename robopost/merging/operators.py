@@ -2,8 +2,8 @@
 """Merging operators as pure functions of tensors. All arithmetic is in float32 (float64 for float64 parents).
 
 Notation: base weights t0, fine-tuned weights ti, task vectors vi = ti - t0, coefficient `alpha`. Operators are
-elementwise, except that SLERP needs a norm and TIES a threshold per tensor; both take them as arguments, so that a tensor
-may be merged in blocks. Inputs are never modified.
+elementwise, except that SLERP needs a norm and TIES a threshold per tensor; both take them as arguments, so that a
+tensor may be merged in blocks. Inputs are never modified.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def linear(base: Tensor, tuned: Tensor, alpha: float, out: Tensor | None = None)
 
 
 def task_arithmetic(base: Tensor, tuned: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """base + sum_i weights_i (tuned_i - base) (Ilharco et al. 2023, eq. 1); a negative weight removes a skill."""
+    """The base plus sum_i weights_i (tuned_i - base) (Ilharco et al. 2023, eq. 1); below 0 a skill is removed."""
     start = working(base)
     total = start.clone()
     for other, weight in zip(tuned, weights, strict=True):
@@ -167,7 +167,9 @@ def dare(
     seeds: Sequence[int],
     first: int = 0,
 ) -> Tensor:
-    """base + sum_i weights_i m_i (tuned_i - base) / (1 - drop), m_i = 0 with probability `drop` (Yu et al. 2024, eq. 2).
+    """The base plus sum_i weights_i m_i (tuned_i - base) / (1 - drop) (Yu et al. 2024, eq. 2).
+
+    m_i is 0 with probability `drop`, else 1.
 
     Args:
         base: t0.
@@ -205,7 +207,9 @@ def uniforms(seed: int, first: int, count: int) -> np.ndarray:
 
 
 def fisher(models: Sequence[Tensor], information: Sequence[Tensor]) -> Tensor:
-    """sum_i F_i t_i / sum_i F_i per parameter, F_i >= 0 the diagonal Fisher information (Matena and Raffel 2022, eq. 4).
+    """sum_i F_i t_i / sum_i F_i per parameter (Matena and Raffel 2022, eq. 4).
+
+    F_i >= 0 is the diagonal Fisher information of model i.
 
     Where no model has any information the plain mean is taken.
     """

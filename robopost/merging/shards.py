@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import struct
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -79,7 +80,7 @@ class Entry:
 
 @dataclass
 class Shards:
-    """The tensors of one checkpoint. `open_shards` makes it; a context manager that closes its files.
+    """The tensors of one checkpoint. `open_shards` makes it; read inside its context.
 
     Attributes:
         folder: where it lies.
@@ -97,6 +98,8 @@ class Shards:
     _files: dict[int, int] = field(default_factory=dict)
 
     def __enter__(self) -> Shards:
+        for number, path in enumerate(self.paths):
+            self._files[number] = os.open(path, os.O_RDONLY)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -110,9 +113,7 @@ class Shards:
         return sum(entry.nbytes for entry in self.entries.values())
 
     def handle(self, file: int) -> int:
-        """Descriptor of a file, open for reading."""
-        if file not in self._files:
-            self._files[file] = os.open(self.paths[file], os.O_RDONLY)
+        """Descriptor of a file; inside the context only."""
         return self._files[file]
 
     def read(self, entry: Entry, view: memoryview, first: int = 0) -> None:
@@ -147,7 +148,7 @@ class Shards:
             entry = self.entries[name]
             total.update(f"{name}:{entry.code}:{entry.shape};".encode())
             for block in self.blocks(name):
-                total.update(block.view(torch.uint8).numpy())
+                total.update(block.view(torch.uint8).numpy().tobytes())
         return total.hexdigest()
 
 
@@ -274,7 +275,9 @@ def read_header(path: Path, number: int = 0) -> tuple[list[Entry], dict[str, str
     end = 8 + length
     for entry in sorted(entries, key=lambda item: item.start):
         if entry.nbytes and entry.start != end:
-            raise CheckpointError(f"{path} is corrupt: {entry.name!r} begins at byte {entry.start}, not {end}")
+            raise CheckpointError(
+                f"{path} is corrupt: {entry.name!r} begins at byte {entry.start}, not {end}"
+            )
         end += entry.nbytes
     if end != size:
         raise CheckpointError(f"{path} is truncated or damaged: {size} bytes, its header promises {end}")
@@ -301,11 +304,13 @@ def _entry(path: Path, name: str, value: Any, number: int, base: int, room: int)
     return Entry(name, code, shape, number, base + start, stop - start)
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as `sha256sum` prints it."""
+def file_sha256(path: Path, stop: threading.Event | None = None) -> str:
+    """SHA-256 of a file, as `sha256sum` prints it; gives up with an empty string once `stop` is set."""
     total, buffer = hashlib.sha256(), bytearray(READ)
     view = memoryview(buffer)
     with path.open("rb", buffering=0) as file:
         while got := file.readinto(buffer):
+            if stop is not None and stop.is_set():
+                return ""
             total.update(view[:got])
     return total.hexdigest()

@@ -106,8 +106,12 @@ def stream(
                 writer.finish()
         with single_threaded(), ThreadPoolExecutor(min(count, max(1, len(todo)))) as pool:
             futures = [pool.submit(_worker, work) for _ in range(count)]
-            wait(futures, return_when=FIRST_EXCEPTION)
-            work.failed = any(future.done() and future.exception() for future in futures)
+            try:
+                done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+                work.failed = any(future.exception() for future in done)
+            except BaseException:  # interrupted: the workers stop at their next chunk
+                work.failed = True
+                raise
         for future in futures:
             future.result()
     finally:

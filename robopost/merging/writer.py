@@ -234,4 +234,3 @@ class FileWriter:
         if self._handle >= 0:
             os.close(self._handle)
             self._handle = -1
-

@@ -226,7 +226,8 @@ def _marks(curve: Curve, sx: object, sy: object, percent: bool, x_label: str) ->
             a, b = float(sy(curve.low[i])), float(sy(curve.high[i]))  # type: ignore[operator]
             parts.append(f'<line class="whisker" x1="{cx:.1f}" x2="{cx:.1f}" y1="{a:.1f}" y2="{b:.1f}"/>')
         value = f"{y * 100:.1f} %" if percent else number(float(y))
-        tip = f"{curve.label}, {x_label} {int(x):,}: {value}"
+        place = f"{int(x):,}" if float(x).is_integer() else f"{x:g}"
+        tip = f"{curve.label}, {x_label} {place}: {value}"
         parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="3"><title>{escape(tip)}</title></circle>')
     return [*parts, "</g>"]
 
