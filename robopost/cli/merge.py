@@ -78,10 +78,11 @@ def _sweep(config: MergeConfig, argv: Sequence[str]) -> int:
         if not lines:
             continue
         table = Table(title=f"{split} episodes, {config.episodes} per cell", title_justify="left")
-        for column in ("policy", *sweep.tasks):
+        columns = list(dict.fromkeys(key for line in lines for key in line))
+        for column in columns:
             table.add_column(column, justify="left" if column == "policy" else "right")
         for line in lines:
-            table.add_row(*(escape(str(line.get(column, ""))) for column in ("policy", *sweep.tasks)))
+            table.add_row(*(escape(str(line.get(column, ""))) for column in columns))
         out.print(table)
     out.print(f"written: {sweep.folder / FILE}", markup=False)
     if sweep.chosen:

@@ -41,6 +41,12 @@ def _under(prefix: str, groups: Groups) -> dict[str, tuple[str, ...]]:
     return {name: tuple(f"{prefix}.{item}" for item in items) for name, items in groups.items()}
 
 
+def _with_frozen(groups: Groups) -> dict[str, tuple[str, ...]]:
+    """With the frozen copies that flow and diffusion policies keep of the first steps of their chain."""
+    copies = _under("frozen", groups)
+    return {name: (*items, *copies[name]) for name, items in groups.items()}
+
+
 _SMOLVLA: dict[str, tuple[str, ...]] = {
     "vision": ("vlm_with_expert.vlm.model.vision_model", "vlm_with_expert.vlm.model.connector"),
     "language": ("vlm_with_expert.vlm.model.text_model", "vlm_with_expert.vlm.lm_head"),
@@ -48,11 +54,19 @@ _SMOLVLA: dict[str, tuple[str, ...]] = {
 }
 # Families in the order in which they are tried: the first that covers every parameter is taken.
 FAMILIES: dict[str, Groups] = {
-    "robopost": {
-        "vision": ("encoder.images", "frozen.encoder.images"),
-        "language": ("encoder.instruction", "frozen.encoder.instruction"),
-        "action": ("net", "frozen.net", "log_std", "balance"),
-    },
+    "robopost": _with_frozen(
+        {
+            "vision": (
+                "encoder.images",
+                "encoder.vlm.vision_tower",
+                "encoder.vlm.multi_modal_projector",
+                "vision",
+                "projector",
+            ),
+            "language": ("encoder.instruction", "encoder.vlm.language_model", "language"),
+            "action": ("net", "log_std", "balance", "slots", "proprio_projector"),
+        }
+    ),
     "smolvla": _under("model", _SMOLVLA),
     "pi0": _under("model", _OPENPI),
     "openpi": _OPENPI,

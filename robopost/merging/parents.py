@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from robopost.artefacts.checkpoint import load_json
-from robopost.errors import CheckpointError, MissingExtraError, RobopostError, require
+from robopost.errors import CheckpointError, MissingExtraError, require
 from robopost.merging.groups import is_normaliser
 from robopost.merging.shards import POLICY, Shards, open_shards, same_bytes
 
@@ -20,6 +20,10 @@ ACTING = (
     "label_smoothing",
     "temperature",
     "path",
+    "freeze_vision",
+    "gradient_checkpointing",
+    "lora_alpha",
+    "lora_targets",
 )  # config that no weight depends on
 TRAINING = ("model.safetensors", "state.json", "env.safetensors", "policy.json", POLICY, "README.md")
 TOKENIZERS = (
@@ -46,6 +50,7 @@ class Parent:
         shards: its tensors.
         meta: policy.json or config.json.
         read_as: names of the base that are stored under another name here (tied weights).
+        lora: LoRA factors that were folded into the weights.
     """
 
     name: str
@@ -54,11 +59,12 @@ class Parent:
     shards: Shards
     meta: dict[str, Any] = field(default_factory=dict)
     read_as: dict[str, str] = field(default_factory=dict)
+    lora: int = 0
 
     @property
     def files(self) -> list[Path]:
-        """The weights and what else is read."""
-        return self.shards.paths
+        """The weights as the user has them: what the card names and hashes."""
+        return [self.folder / path.name for path in self.shards.paths] if self.lora else self.shards.paths
 
 
 def open_parent(name: str) -> Parent:
@@ -138,6 +144,11 @@ def check_kind(base: Parent, other: Parent) -> None:
     mine, theirs = base.meta["config"], other.meta["config"]
     for key in sorted((mine.keys() | theirs.keys()) - set(ACTING)):
         if mine.get(key) != theirs.get(key):
+            if key == "tokenizer_json":
+                raise CheckpointError(
+                    f"the tokenizers of {base.name} and {other.name} differ: the same text means other tokens to each. "
+                    "Fix: fine-tune with policy=<base run>"
+                )
             raise CheckpointError(
                 f"{base.name} has policy.{key}={_short(mine.get(key))}, {other.name} has {_short(theirs.get(key))}: "
                 "their weights mean different things. Fix: fine-tune with policy=<base run>"
@@ -303,11 +314,29 @@ def _fix_names(name: str) -> str:
     return "Fix: parents of one architecture, or fresh=<prefix> for a new module"
 
 
-def check_adapters(parent: Parent) -> None:
-    """Refuse LoRA factors: the product of merged factors is not the merge of the products."""
-    for name in parent.shards.entries:
-        if "lora_A" in name.split(".") or "lora_B" in name.split("."):
-            raise RobopostError(f"{parent.name}: {_fix_names(name)} ({name!r})")
+def without_adapters(parent: Parent, folder: Path) -> Parent:
+    """A parent whose LoRA factors are folded into its weights: merging factors one by one is no merge of products.
+
+    Args:
+        parent: returned as it is where it has none.
+        folder: where a folded policy is written.
+
+    Raises:
+        CheckpointError: it is no robopost policy that can fold them (`merge_lora`).
+    """
+    found = [name for name in parent.shards.entries if {"lora_A", "lora_B"} & set(name.split("."))]
+    if not found:
+        return parent
+    if parent.layout == "robopost":
+        from robopost.artefacts.checkpoint import load_policy, policy_files, save_folder
+
+        policy: Any = load_policy(parent.folder)
+        if hasattr(policy, "merge_lora"):
+            policy.merge_lora()
+            save_folder(folder, policy_files(policy))
+            shards = open_shards(folder, POLICY)
+            return replace(parent, shards=shards, meta=load_json(folder / "policy.json"), lora=len(found))
+    raise CheckpointError(f"{parent.name}: {_fix_names(found[0])} ({found[0]!r})")
 
 
 def _short(value: Any) -> str:

@@ -3,22 +3,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from robopost.errors import CheckpointError, ConfigError
 from robopost.merging.config import DTYPES, NEEDS_ALPHA, MergeConfig
 from robopost.merging.groups import coefficients, find_groups, is_normaliser
 from robopost.merging.parents import (
     Parent,
-    check_adapters,
     check_kind,
     check_normaliser,
     check_tokenizer,
     match_names,
     open_parent,
     under,
+    without_adapters,
 )
 from robopost.merging.shards import Entry, Shards, open_shards, same_bytes
 from robopost.merging.stream import Source
@@ -83,8 +86,12 @@ def load_plan(config: MergeConfig) -> Iterator[Plan]:
     """
     with ExitStack() as stack:
         parents = []
-        for name in (config.base, *config.finetuned):
-            parents.append(open_parent(name))
+        # Policies with adapters are written once more without them, beside the output.
+        beside = Path(config.out).absolute().parent
+        for position, name in enumerate((config.base, *config.finetuned)):
+            scratch = beside / f".{Path(config.out).name}.folded-{os.getpid()}-{position}"
+            stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+            parents.append(without_adapters(open_parent(name), scratch))
             stack.enter_context(parents[-1].shards)
         information = [stack.enter_context(open_shards(path)) for path in config.fisher]
         yield _plan(config, parents, information)
@@ -97,7 +104,8 @@ def _plan(config: MergeConfig, parents: list[Parent], information: list[Shards])
         if not any(under(name, [prefix]) for name in tuned[0].shards.entries):
             raise ConfigError(f"fresh={prefix}: {tuned[0].name} has no parameter below that prefix")
     for parent in parents:
-        check_adapters(parent)
+        if parent.lora:
+            warnings.append(f"{parent.name}: {parent.lora // 2} LoRA adapters were folded into its weights")
     for other in tuned:
         check_kind(base, other)
         check_normaliser(base, other)
