@@ -173,7 +173,11 @@ def open_sweep(config: MergeConfig) -> Sweep:
     """
     tasks = {name: task_env(name, getattr(config, name)) for name in TASKS if getattr(config, name)}
     probe = Sweep(config, tasks, {})
-    first = {"modules": probe_modules(config)} if config.search else {"alpha": config.alpha[:1]}
+    first: dict[str, Any] = {"alpha": config.alpha[:1]}
+    if config.method == "greedy_soup":
+        first = {"method": "soup"}
+    elif config.search:
+        first = {"modules": probe_modules(config), "alpha": []}
     with load_plan(probe.single(Point("", first), Path(config.out))) as plan:
         for line in plan.warnings:
             logger.warning("%s", line)

@@ -24,7 +24,9 @@ class Tasks:
 
     def draw(self, task, count, low=-1.0, high=1.0):
         x = low + (high - low) * torch.rand(count, 2, generator=self.generator)
-        y = (self.mix[task] * torch.sin(x @ self.shared + self.phase[task])).sum(-1, keepdim=True) / math.sqrt(8)
+        y = (self.mix[task] * torch.sin(x @ self.shared + self.phase[task])).sum(
+            -1, keepdim=True
+        ) / math.sqrt(8)
         code = torch.zeros(count, 6)
         code[:, task] = 1.0
         return torch.cat([x, code], -1), y
@@ -56,7 +58,10 @@ def study(seed, co=False):
     tuned = network(seed)
     tuned.load_state_dict(base.state_dict())
     if co:
-        mixed = ((torch.cat([corner[0], x[i]]), torch.cat([corner[1], y[i]])) for i in (pick(192) for _ in range(400)))
+        mixed = (
+            (torch.cat([corner[0], x[i]]), torch.cat([corner[1], y[i]]))
+            for i in (pick(192) for _ in range(400))
+        )
         fit(tuned, mixed)
     else:
         fit(tuned, (corner for _ in range(400)))
