@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tasks, demonstrations and cloned policies of the VLA studies, kept under data/vla; each is made at the first call."""
+
+import json
+import shutil
+from pathlib import Path
+
+from sides.bases import QUIET, ROOT, locked
+from sides.vla_backbone import backbone_errors, make_backbone
+
+from robopost.artefacts.checkpoint import load_policy
+from robopost.collect import collect
+from robopost.compose import compose
+from robopost.evaluate.rollout import evaluate
+from robopost.loops import train
+
+FOLDER = ROOT / "data" / "vla"
+RUNS = ROOT / "runs" / "vla"
+DEMO_SEED = 20_000_000  # episodes of demonstrations begin here, 100,000 seeds apart
+EVAL_SEED = 3_000_000
+SEEN = ["env=arm_language", "env.obs=state+pixels96", "env.terminate_on_success=true", "env.threads=1"]
+STEPS = 60  # control steps of an episode; the script needs 8 to touch, 14 to lift, 29 to put
+ENV = [*SEEN, f"env.max_steps={STEPS}"]
+FRAMES = 1500  # recorded episodes that the backbone learns from
+
+
+def demos(name: str, words: list[str], episodes: int, seed: int = 0, quality: float | None = 0.95) -> Path:
+    """A store of episodes in `arm_language` with the settings `words`; names must be unique per settings.
+
+    Scripted, or by the policy that `words` name (`quality` None).
+    """
+    path = FOLDER / f"demos-{name}-{episodes}-{seed}.zarr"
+    with locked(path):
+        if not path.exists():
+            partial = path.with_suffix(".partial")
+            begin = DEMO_SEED + 100_000 * seed
+            facts = [f"episodes={episodes}", "num_envs=50", f"seed={begin}"]
+            facts += [f"quality={quality}"] if quality is not None else []
+            collect(compose([*ENV, *words, *facts, f"out={partial}"], "collect"))
+            partial.rename(path)
+    return path
+
+
+def backbone(ground_steps: int, point_steps: int, episodes: int = FRAMES) -> tuple[Path, dict[str, float]]:
+    """The backbone's folder and its errors."""
+    folder = FOLDER / f"backbone-{episodes}-{ground_steps}-{point_steps}"
+    with locked(folder):
+        if not folder.exists():
+            frames = demos("frames", ["env.split=train"], episodes, seed=90)
+            make_backbone(frames, ENV, folder, ground_steps=ground_steps, point_steps=point_steps)
+    return folder, backbone_errors(folder)
+
+
+def clone(name: str, start: Path, data: Path, steps: int, seed: int, *more: str) -> Path:
+    """The run of a policy that goes on from `start` by behaviour cloning of `data`."""
+    folder = FOLDER / f"{name}-{seed}"
+    words = [
+        "algo=bc",
+        "policy=pretrained",
+        f"policy.path={start}",
+        f"data.path={data}",
+        "algo.batch_size=64",
+        "algo.lr=1e-3",
+        "algo.ema=0.99",
+        f"algo.decay_steps={steps}",
+        f"loop.steps={steps}",
+        f"loop.log_every={max(1, steps // 20)}",
+        f"loop.checkpoint_every={steps}",
+        *more,
+    ]
+    with locked(folder):
+        note = folder / "trained.json"
+        if note.exists() and json.loads(note.read_text()) == words:
+            return folder
+        shutil.rmtree(folder, ignore_errors=True)
+        train(compose([*words, *QUIET, "env=null", f"seed={seed}", f"out={folder}"]))
+        note.write_text(json.dumps(words))
+    return folder
+
+
+def score(policy, words: list[str], episodes: int, offset: int = 0) -> list[float]:
+    """Success of each greedy episode in the tasks that `words` choose, from the same start states for every policy.
+
+    Another `offset` gives other start states.
+    """
+    policy = load_policy(policy) if isinstance(policy, Path) else policy
+    env = compose([*ENV, *words, "algo=bc"]).env
+    result = evaluate(policy, env, episodes=episodes, seed=EVAL_SEED + offset)
+    assert result.successes is not None
+    return [float(value) for value in result.successes]
