@@ -107,11 +107,13 @@ class DataConfig:
 class LoopConfig:
     """Lengths and intervals of a run, in updates (offline) or environment steps (off-policy, on-policy).
 
+    On-policy algorithms that learn from whole episodes (`vla_opd`, `grpo`) count episodes instead.
+
     An offline algorithm may go on online: the step counter then runs on from `steps` updates through `online_steps`
     environment steps.
     """
 
-    steps: int = 10_000  # updates (offline) or environment steps
+    steps: int = 10_000  # updates (offline), environment steps, or episodes where whole ones are learnt from
     online_steps: int = 0  # environment steps after the updates of an offline algorithm, 0 = stay offline
     online_sampling: str = (
         "symmetric"  # symmetric (half of each batch recorded, half new) | uniform (over both)

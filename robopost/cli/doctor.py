@@ -21,6 +21,7 @@ CORE = ("torch", "numpy", "gymnasium", "mujoco", "hydra-core", "zarr", "safetens
 # extra -> (module that shows it is there, what it enables)
 EXTRAS = {
     "diffusers": ("diffusers", "diffusion policies with the schedulers of diffusers"),
+    "vla": ("transformers", "vision-language-action models, LoRA"),
     "minari": ("h5py", "Minari, D4RL-style and robomimic HDF5 data"),
     "lerobot-read": ("pyarrow", "reading LeRobot datasets, v2.0 to v3"),
     "lerobot": ("lerobot", "writing LeRobot datasets through the lerobot package"),

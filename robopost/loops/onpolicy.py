@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The on-policy loop: rollouts of the current policy, one update each; the unit is one environment step."""
+"""The on-policy loop: a rollout of the current policy, then an update; the unit is an environment step or an episode."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ REHEARSAL_STREAM = 101
 
 def run_onpolicy(run: Run) -> None:
     """Train in `config.env` until `config.loop.steps` environment steps (all copies together) are done.
+
+    Where the algorithm learns from whole episodes (`Needs.episodes`), steps are episodes.
 
     Recorded data (`data.path`), if there is any, gives the normaliser its statistics, and the algorithm gets all of it
     through `attach`: one that learns from it draws from it in `update`.
@@ -76,7 +78,9 @@ def run_onpolicy(run: Run) -> None:
         while run.step < config.loop.steps:
             began = time.perf_counter()
             if needs.episodes:
-                batch, taken = collect_episodes(collector, algo, needs.episodes, needs.group)
+                batch, executed = collect_episodes(collector, algo, needs.episodes, needs.group)
+                run.record({"data/steps": torch.tensor(float(executed))})
+                taken = needs.episodes * env.num_envs
             else:
                 collect = collect_decisions if needs.chunks else collect_steps
                 batch, taken = collect(collector, algo, steps), span * env.num_envs

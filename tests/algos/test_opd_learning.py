@@ -37,7 +37,7 @@ def policies(tmp_path_factory):
 
 def success_while_learning(algo, student, out, iterations=60):
     """Share of successful training episodes in each sixth of the run: 32 episodes per iteration, 2 minibatches."""
-    steps = iterations * 32 * 18
+    steps = iterations * 32
     run = toy.learn(
         algo, PretrainedConfig(path=student), KEYS, out, steps=steps, log_every=steps // 6, eval_episodes=1
     )
@@ -71,5 +71,5 @@ def test_a_teacher_that_never_succeeds_stops_the_run_before_it_begins(policies, 
     useless = toy.clone(SIZES, toy.demonstrations(1, 4, KEYS, 5), 1, 5)
     algo = VLAOPDConfig(teacher=toy.save(useless, tmp_path / "useless"), check_teacher=10)
     with pytest.raises(ConfigError, match="succeeds in 0 of 10 greedy episodes here"):
-        toy.learn(algo, PretrainedConfig(path=student), KEYS, tmp_path / "run", steps=100)
+        toy.learn(algo, PretrainedConfig(path=student), KEYS, tmp_path / "run", steps=32)
     assert not (tmp_path / "run").exists()

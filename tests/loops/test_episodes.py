@@ -263,7 +263,7 @@ def test_resumed_rollouts_are_those_of_an_uninterrupted_run(tmp_path, monkeypatc
     words += ["policy.bins=8", "algo.group=2", "algo.episodes=2", "algo.outcome=return", "algo.batch_size=8"]
     words += [
         "loop.eval_episodes=1",
-        "loop.checkpoint_every=40",
+        "loop.checkpoint_every=8",
         "track.tensorboard=false",
         "track.console=false",
     ]
@@ -271,11 +271,11 @@ def test_resumed_rollouts_are_those_of_an_uninterrupted_run(tmp_path, monkeypatc
 
     seen, real = [], GRPO.update
     monkeypatch.setattr(GRPO, "update", lambda self, batch: seen.append(batch) or real(self, batch))
-    train(compose([*words, "loop.steps=160", f"out={tmp_path}/straight"]))
+    train(compose([*words, "loop.steps=32", f"out={tmp_path}/straight"]))
     straight, seen[:] = list(seen), []
-    train(compose([*words, "loop.steps=80", f"out={tmp_path}/resumed"]))
+    train(compose([*words, "loop.steps=16", f"out={tmp_path}/resumed"]))
     assert len(seen) == 2
-    train(compose([*words, "loop.steps=160", f"resume={tmp_path}/resumed"]))
+    train(compose([*words, "loop.steps=32", f"resume={tmp_path}/resumed"]))
     assert len(straight) == len(seen) == 4
     for one, other in zip(straight, seen, strict=True):
         assert one.reward.shape == (2, 8)
