@@ -121,7 +121,7 @@ def report(bench, kind, found, teacher, iterations):
     mean = lambda values: sum(values) / len(values) if values else float("nan")  # noqa: E731
     ends = {name: [row["greedy"][-1] for row in rows] for name, rows in found.items()}
     starts = [row["greedy"][0] for row in found["exact"]]
-    table, split = [], []
+    table = []
     for name, rows in found.items():
         if not rows:
             continue
@@ -129,19 +129,8 @@ def report(bench, kind, found, teacher, iterations):
         by = {f"after {n}": mean([row["greedy"][i] for row in rows]) for i, n in enumerate(at)}
         last = mean([mean(row["played"][-10:]) for row in rows])
         table.append({"method": name, "seeds": len(rows), **by, "last 10, sampled": last})
-        parts = {
-            key: 1000 * mean([row[f"{key}_s"] for row in rows]) for key in ("collect", "teacher", "learn")
-        }
-        split.append({"method": name} | {f"{key} ms": value for key, value in parts.items()})
-    caption = (
-        f"Greedy success after iterations of 32 episodes, mean over seeds; the teacher has {teacher:.2f}."
-    )
+    caption = f"Policy {kind}: greedy success after iterations of 32 episodes, mean over seeds; its teacher {teacher:.2f}."
     bench.table(f"success_{kind}", table, caption=caption)
-    bench.table(
-        "time",
-        split,
-        caption=f"Policy {kind}: milliseconds of an iteration: rollout, scoring (teacher, old student), learning.",
-    )
 
     def figure(name, values, note, target=None):
         bounds = (min(values), max(values)) if values else None
