@@ -129,7 +129,8 @@ def report(bench, kind, found, teacher, iterations):
         by = {f"after {n}": mean([row["greedy"][i] for row in rows]) for i, n in enumerate(at)}
         last = mean([mean(row["played"][-10:]) for row in rows])
         table.append({"method": name, "seeds": len(rows), **by, "last 10, sampled": last})
-    caption = f"Policy {kind}: greedy success after iterations of 32 episodes, mean over seeds; its teacher {teacher:.2f}."
+    caption = f"Policy {kind}: greedy success after iterations of 32 episodes, mean over seeds"
+    caption += f"; its teacher {teacher:.2f}."
     bench.table(f"success_{kind}", table, caption=caption)
 
     def figure(name, values, note, target=None):
