@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The on-policy loop: a rollout of the current policy, then an update; the unit is an environment step or an episode."""
+"""The on-policy loop: a rollout of the current policy, then an update; unit: an environment step or an episode."""
 
 from __future__ import annotations
 
