@@ -73,8 +73,9 @@ def teacher(size):
 
 def played(size, seed):
     """Successful episodes of the teacher in the new task, as many as the others get rollouts."""
-    words = [f"policy={teacher(size)}", "deterministic=true"]
-    return demos("played", [*NEW, *words], size["episodes"], seed, quality=None)
+    expert = teacher(size)
+    words = [*NEW, f"policy={expert}", "deterministic=true"]
+    return demos(f"played-{expert.name}", words, size["episodes"], seed, quality=None)
 
 
 def judged(policy, size):
@@ -88,7 +89,7 @@ def judged(policy, size):
 def tuned(method, seed, size, rate, share=1.0):
     """Saved policies of a run: {share of the episodes: folder}."""
     start = student(seed, size)
-    episodes = round(share * size["episodes"] / ROLLOUT) * ROLLOUT
+    episodes = max(1, round(share * size["episodes"] / ROLLOUT)) * ROLLOUT
     name = f"{method}-{rate:g}-{seed}-{episodes}"
     if method == "sft":
         points = {}
@@ -170,26 +171,22 @@ def run(bench: Bench) -> None:
     seeds = range(bench.scale(smoke=1, small=3, paper=5))
     cells = {}
 
-    def cell(key, fn, seed=None, **params):
-        name = "/".join(
-            f"seed{part}" if isinstance(part, int) else f"{part:g}" if isinstance(part, float) else part
-            for part in key
-        )
-        cells[key] = bench.cell(
-            name, functools.partial(fn, **params), params={"size": size, **params}, seed=seed
-        )
+    def cell(key, fn, of, **params):
+        name = "/".join(f"seed{part}" if isinstance(part, int) else f"{part}" for part in key)
+        work = functools.partial(fn, size=size, **params)
+        cells[key] = bench.cell(name, work, params={"size": size, **params}, seed=of)
 
-    cell(("backbone",), lambda: backbone(*size["backbone"])[1])
-    cell(("teacher",), lambda: judged(teacher(size), size))
+    cell(("backbone",), lambda size: backbone(*size["backbone"])[1], 0)
+    cell(("teacher",), lambda size: judged(teacher(size), size), 0)
     for method in METHODS:
         for rate in RATES:
-            cell(("sweep", method, rate), sweep, SWEEP_SEED, method=method, rate=rate, size=size)
+            cell(("sweep", method, rate), sweep, SWEEP_SEED, method=method, rate=rate)
     for seed in seeds:
-        cell(("student", seed), lambda seed: judged(student(seed, size), size), seed, seed=seed)
+        cell(("student", seed), lambda seed, size: judged(student(seed, size), size), seed, seed=seed)
         for method in METHODS:
             rate = best_rate(cells, method)
             if rate == rate:
-                cell((method, seed), method_cell, seed, method=method, seed=seed, size=size, rate=rate)
+                cell((method, seed), method_cell, seed, method=method, seed=seed, rate=rate)
     report(bench, cells, list(seeds))
 
 

@@ -20,12 +20,12 @@ import functools
 
 import numpy as np
 import torch
-from robopost.merging.config import MergeConfig
-from robopost.merging.merge import merge
 from sides.vla_tasks import FOLDER, backbone, clone, demos, score
 
 from robopost.bench import Bench
 from robopost.evaluate.statistics import t_interval
+from robopost.merging.config import MergeConfig
+from robopost.merging.merge import merge
 
 SUITE = "vla"
 ALL = ["env.split=all"]

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tasks, demonstrations and cloned policies of the VLA studies, kept under data/vla; each is made at the first call."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from robopost.collect import collect
 from robopost.compose import compose
 from robopost.evaluate.rollout import evaluate
 from robopost.loops import train
+from robopost.results import params_hash
 
 FOLDER = ROOT / "data" / "vla"
 RUNS = ROOT / "runs" / "vla"
@@ -53,12 +53,9 @@ def backbone(ground_steps: int, point_steps: int, episodes: int = FRAMES) -> tup
 
 def clone(name: str, start: Path, data: Path, steps: int, seed: int, *more: str) -> Path:
     """The run of a policy that goes on from `start` by behaviour cloning of `data`."""
-    folder = FOLDER / f"{name}-{seed}"
     words = [
         "algo=bc",
         "policy=pretrained",
-        f"policy.path={start}",
-        f"data.path={data}",
         "algo.batch_size=64",
         "algo.lr=1e-3",
         "algo.ema=0.99",
@@ -68,13 +65,16 @@ def clone(name: str, start: Path, data: Path, steps: int, seed: int, *more: str)
         f"loop.checkpoint_every={steps}",
         *more,
     ]
+    # What it depends on is in its name: other sizes never meet in one folder.
+    folder = (
+        FOLDER / f"{name}-{seed}-{params_hash({'start': start.name, 'data': data.name, 'words': words})[:8]}"
+    )
     with locked(folder):
-        note = folder / "trained.json"
-        if note.exists() and json.loads(note.read_text()) == words:
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)
-        train(compose([*words, *QUIET, "env=null", f"seed={seed}", f"out={folder}"]))
-        note.write_text(json.dumps(words))
+        if not (folder / "trained").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            paths = [f"policy.path={start}", f"data.path={data}", f"out={folder}"]
+            train(compose([*words, *QUIET, "env=null", f"seed={seed}", *paths]))
+            (folder / "trained").touch()
     return folder
 
 
