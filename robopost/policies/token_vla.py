@@ -88,13 +88,8 @@ class TokenVLA(TokenPolicy):
         self.slots = None
         if config.layout == "oft" and config.slots == "learned":
             self.slots = nn.Parameter(torch.randn(self.length, width) * 0.02)
-        if dtype != torch.float32 and not config.lora_rank:
-            # One dtype for all that is trained; beside adapters these stay float32 like them.
-            for part in (self.projector, self.proprio_projector):
-                if part is not None:
-                    part.to(dtype)
-            if self.slots is not None:
-                self.slots.data = self.slots.data.to(dtype)
+        if not config.lora_rank:
+            self._one_dtype()  # beside adapters these stay float32, like them
         if shards is not None:
             self._begin_from(shards, unnorm_key)
         use_fused(self)
@@ -107,6 +102,14 @@ class TokenVLA(TokenPolicy):
             self.language.remember = False
             self.vision.checkpoint()
         self._register_mask(lead)
+
+    def _one_dtype(self) -> None:
+        """Give everything that is trained the dtype of the language model, as `Flat` needs it."""
+        for part in (self.projector, self.proprio_projector):
+            if part is not None:
+                part.to(self.language.dtype)
+        if self.slots is not None:
+            self.slots.data = self.slots.data.to(self.language.dtype)
 
     def _begin_from(self, shards: Shards, unnorm_key: str) -> None:
         """Weights and action statistics of a checkpoint; the normaliser is then not refitted."""
@@ -295,6 +298,9 @@ class TokenVLA(TokenPolicy):
         if self.config.lora_rank:
             merge_lora(self.language)
             self.config = replace(self.config, lora_rank=0)
+            self._one_dtype()
+            self.requires_grad_(True)
+            self.vision.requires_grad_(not self.config.freeze_vision)
 
 
 def positions_of(valid: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from robopost.errors import ConfigError, unknown
 from robopost.nets.vla import prompts as text
 from robopost.nets.vla.language import LanguageConfig
 from robopost.nets.vla.openvla import Shards, read_settings
-from robopost.nets.vla.towers import DTYPES, TowerConfig
+from robopost.nets.vla.towers import DTYPES, DinoConfig, TowerConfig
 from robopost.policies.tokens import TokenConfig
 
 LAYOUTS = ("oft", "openvla")
 ATTENTION = ("full", "block")
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lm_head")
 CHECKPOINT_PROMPT = 48  # tokens: OpenVLA's template takes 13, 64 bytes of instruction rarely 30
 WORDS = (  # every word of arm_language's instructions
     "touch the red cube",
@@ -31,27 +32,21 @@ class TokenVLAConfig(TokenConfig):
     checkpoint: str = ""  # folder in OpenVLA's layout to begin from: it fixes sizes, tokenizer and statistics
     unnorm_key: str = ""  # which action statistics of the checkpoint, empty = the only ones
     layout: str = "oft"  # oft: all slots in one pass | openvla: one after another, each sees those before it
-    attention: str = (
-        "full"  # oft: full = every token sees every token | block = only the slots see each other
-    )
+    attention: str = "full"  # oft: full = all tokens see all | block = only the slots see each other
     slots: str = "learned"  # oft: learned embeddings of the slots | zero, as released OFT checkpoints have
-    proprio: list[int] = field(
-        default_factory=lambda: [0, 0]
-    )  # first column of `state` and how many (0 = the rest); [] = none
+    # First column of `state` and how many (0 = the rest); [] = none.
+    proprio: list[int] = field(default_factory=lambda: [0, 0])
     image_size: int = 0  # pixels the towers see, 0 = those of the observation
     image_shift: int = 4  # random shift in pixels when cloning, 0 = none
     siglip: TowerConfig = field(default_factory=TowerConfig)
-    dino: TowerConfig = field(default_factory=lambda: TowerConfig(layers=0, activation="gelu"))
+    dino: DinoConfig = field(default_factory=DinoConfig)
     language: LanguageConfig = field(default_factory=LanguageConfig)
-    vocab: int = (
-        0  # ids without padding rows, actions the last of them; 0 = text_tokens + bins; 32000 = Llama-2
-    )
+    vocab: int = 0  # ids without padding rows, actions last; 0 = text_tokens + bins, 32000 = Llama-2
     text_tokens: int = 64  # of a tokenizer made here
     tokenizer: str = "words"  # words | bpe: made from `texts` | path of a tokenizer.json
     texts: list[str] = field(default_factory=lambda: list(WORDS))
-    template: str = (
-        "{instruction}"  # OpenVLA: "In: What action should the robot take to {instruction}?\nOut:"
-    )
+    # OpenVLA's: "In: What action should the robot take to {instruction}?\nOut:"
+    template: str = "{instruction}"
     prompt_length: int = 12  # tokens that instructions are padded to
     tokenizer_json: str = ""  # the tokenizer itself, written when a policy is built
     dtype: str = "float32"  # float32 | bfloat16: weights of towers and language model
@@ -59,18 +54,8 @@ class TokenVLAConfig(TokenConfig):
     gradient_checkpointing: bool = False
     lora_rank: int = 0  # 0 = train all weights
     lora_alpha: float = 16.0
-    lora_targets: list[str] = field(
-        default_factory=lambda: [
-            "q_proj",
-            "k_proj",
-            "v_proj",
-            "o_proj",
-            "gate_proj",
-            "up_proj",
-            "down_proj",
-            "lm_head",
-        ]
-    )  # names of linear layers of the language model
+    # Names of linear layers of the language model.
+    lora_targets: list[str] = field(default_factory=lambda: list(LINEAR))
 
     def check(self) -> None:
         """Raise ConfigError where a value is out of range."""
@@ -82,6 +67,8 @@ class TokenVLAConfig(TokenConfig):
             raise unknown("policy.slots", self.slots, ("learned", "zero"))
         if self.proprio and (len(self.proprio) != 2 or min(self.proprio) < 0):
             raise ConfigError(f"policy.proprio={self.proprio} must be [] or [first column, how many]")
+        if self.lora_alpha <= 0:
+            raise ConfigError(f"policy.lora_alpha={self.lora_alpha} must be above 0")
         if self.history != 1:
             raise ConfigError(
                 f"policy.history={self.history}: token_vla reads one observation. Fix: history=1"

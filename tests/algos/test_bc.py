@@ -14,12 +14,14 @@ from robopost.policies.deterministic import Deterministic, DeterministicConfig
 from robopost.policies.diffusion import DiffusionConfig
 from robopost.policies.flow import FlowConfig
 from robopost.policies.gaussian import GaussianConfig
+from robopost.policies.tokens import TokenMLPConfig
 from robopost.registry import POLICIES
 
 SPEC = Spec({"state": ((3,), "float32")}, 2, (-1.0, -1.0), (1.0, 1.0), 50)
 CONFIGS = {
     "deterministic": DeterministicConfig(hidden=[16], horizon=4, history=2),
     "gaussian": GaussianConfig(hidden=[16], horizon=4, history=2),
+    "token": TokenMLPConfig(hidden=[16], horizon=4, history=2),
     "flow": FlowConfig(width=16, depth=1, horizon=4, history=2, steps=4),
     "diffusion": DiffusionConfig(width=16, depth=1, horizon=4, history=2, steps=4, train_steps=10),
 }
@@ -49,7 +51,9 @@ def make_batch(seed=0, size=16):
 def test_every_policy_with_weights_of_its_own_is_covered():
     # No weights to clone into, a correction on another policy, one that needs a coefficient (test_famo2o.py), the step
     # of the episode (test_hnpg.py) or discrete actions (test_categorical.py).
+    # One that needs an image is trained in test_token_vla.py.
     other = {"pretrained", "reference", "residual", "residual_gaussian", "family", "stepwise", "categorical"}
+    other |= {"token_vla"}
     assert {entry.name for entry in POLICIES} - other == set(CONFIGS)
 
 

@@ -336,6 +336,8 @@ def test_lora_trains_adapters_and_action_parts_alone_and_merges(dtype):
     policy.merge_lora()
     got = policy.logits(obs)
     assert not any("lora" in name for name in policy.state_dict())
+    assert {p.dtype for p in policy.parameters()} == {getattr(torch, dtype)}
+    assert all(p.requires_grad for p in policy.parameters())
     close = 1e-4 if dtype == "float32" else 0.05 * float(want.detach().abs().max())
     torch.testing.assert_close(got, want, atol=close, rtol=1e-4)
 
@@ -418,6 +420,12 @@ def test_what_does_not_fit_is_said(changes, message):
         changes = changes | {"texts": list(TEXTS)}
     with pytest.raises(ConfigError, match=message):
         make(**changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"dino": tower(), "lora_rank": 2}, {"layout": "openvla"}])
+def test_every_parameter_is_of_one_part(changes):
+    for name, _ in make(**changes).named_parameters():
+        assert sum(name.startswith(prefixes) for prefixes in TokenVLA.PARTS.values()) == 1, name
 
 
 @pytest.mark.parametrize("layout", ["oft", "openvla"])

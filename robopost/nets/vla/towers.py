@@ -26,7 +26,7 @@ class TowerConfig:
     heads: int = 4
     mlp: int = 256  # hidden units
     patch: int = 16  # pixels
-    activation: str = "gelu_pytorch_tanh"
+    activation: str = "gelu_pytorch_tanh"  # or gelu, any of transformers
     registers: int = 0  # register tokens (DINOv2 only)
     norm: bool = True  # a LayerNorm behind the last layer; OpenVLA has none
 
@@ -45,6 +45,14 @@ class TowerConfig:
     def patches(self, size: int) -> int:
         """Tokens per image."""
         return (size // self.patch) ** 2
+
+
+@dataclass
+class DinoConfig(TowerConfig):
+    """The DINOv2 tower beside SigLIP's: none by default."""
+
+    layers: int = 0  # that run; 0 = no such tower
+    activation: str = "gelu"
 
 
 class Tower(nn.Module):
