@@ -21,7 +21,7 @@ SPEC = Spec({"state": ((3,), "float32")}, 2, (-1.0, -1.0), (1.0, 1.0), 50)
 CONFIGS = {
     "deterministic": DeterministicConfig(hidden=[16], horizon=4, history=2),
     "gaussian": GaussianConfig(hidden=[16], horizon=4, history=2),
-    "token": TokenMLPConfig(hidden=[16], horizon=4, history=2),
+    "token": TokenMLPConfig(hidden=[16], horizon=4, history=2, bins=9),
     "flow": FlowConfig(width=16, depth=1, horizon=4, history=2, steps=4),
     "diffusion": DiffusionConfig(width=16, depth=1, horizon=4, history=2, steps=4, train_steps=10),
 }
