@@ -110,7 +110,9 @@ class Decoder(nn.Module):
         with torch.no_grad():
             cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(positions)[None])
         self.register_buffer("cos", cos[0].float(), persistent=False)
-        self.register_buffer("sin", sin[0].float(), persistent=False)
+        sign = torch.ones(sin.shape[-1])
+        sign[: len(sign) // 2] = -1
+        self.register_buffer("sin", sin[0].float() * sign, persistent=False)
         self.cos: Tensor
         self.sin: Tensor
 
@@ -181,9 +183,11 @@ class Decoder(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions (Su et al. 2021, eq. 34) of (B, heads, S, head), halves in Llama's order."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Rotary positions (Su et al. 2021, eq. 34) of (B, heads, S, head), halves in Llama's order.
+
+    `sin` has a minus in its first half, so that swapping halves is all that is left of Llama's `rotate_half`.
+    """
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 def rms_norm(x: Tensor, norm: Any) -> Tensor:
