@@ -97,10 +97,8 @@ def open_parent(name: str) -> Parent:
 
 def _local(name: str) -> Path:
     """`name` as a path, or a download of the hub repository it names."""
-    from robopost.artefacts.source import HUB_ID
-
     path = Path(name).expanduser()
-    if path.exists() or path.suffix or not HUB_ID.match(name) or name.startswith(("runs/", ".")):
+    if path.exists() or path.suffix or name.count("/") != 1 or name.startswith(("runs/", ".")):
         return path
     try:
         return Path(require("huggingface_hub", "hub").snapshot_download(name))
