@@ -19,6 +19,17 @@ KEYS = {
     "train": ("seed=", "seeds=", "steps=", "device=", "out=", "resume=", "loop.steps=", "loop.online_steps="),
     "eval": ("policy=", "episodes=", "seed=", "num_envs=", "deterministic=", "video=", "out=", "device="),
     "collect": ("policy=", "episodes=", "seed=", "num_envs=", "quality=", "noise=", "out=", "device="),
+    "merge": (
+        "base=",
+        "finetuned=",
+        "method=",
+        "alpha=",
+        "modules=",
+        "dtype=",
+        "out=",
+        "choose=",
+        "episodes=",
+    ),
     "data": ("info", "verify", "import", "export"),
 }
 OPTIONS = {

@@ -40,7 +40,7 @@ def network(seed):
 
 
 def fit(net, batches, lr=1e-3):
-    optimizer = torch.optim.Adam(net.parameters(), lr=lr)
+    optimizer = torch.optim.Adam(net.parameters(), lr=lr, fused=True)
     for x, y in batches:
         optimizer.zero_grad()
         (net(x) - y).square().mean().backward()
@@ -54,8 +54,8 @@ def study(seed, co=False):
     x, y = (torch.cat(part) for part in zip(*old, strict=True))
     pick = lambda count: torch.randint(len(x), (count,), generator=tasks.generator)  # noqa: E731
     base = network(seed)
-    fit(base, ((x[i], y[i]) for i in (pick(256) for _ in range(1500))))
-    fit(base, ((x[i], y[i]) for i in (pick(256) for _ in range(500))), lr=2e-4)
+    fit(base, ((x[i], y[i]) for i in (pick(256) for _ in range(1000))))
+    fit(base, ((x[i], y[i]) for i in (pick(256) for _ in range(300))), lr=2e-4)
     corner = tasks.draw(5, 64, low=0.15, noise=0.1)
     tuned = network(seed)
     tuned.load_state_dict(base.state_dict())
