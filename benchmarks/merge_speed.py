@@ -19,7 +19,8 @@ State of the page cache, the same for every side: `cold`, the files of the side 
 again by whoever merges). The headline is the cold state: a checkpoint that was just downloaded or trained.
 
 Ours computes SHA-256 of all parents beside merging, as shipped; the row `without hashes` leaves it out. Peak memory is
-ru_maxrss of the process that merges, imports included. Needs six times the size of a parent on disk.
+the high-water mark of the resident set (VmHWM) of the process that merges, imports included. Needs six times the size
+of a parent on disk.
 """
 
 import json
@@ -42,8 +43,14 @@ ALPHA = 0.75
 WIDTH, VOCAB = 4096, 32064
 SHARD = 2e9  # bytes, at most, of the sharded parents
 
+# Not ru_maxrss: a child inherits its parent's there.
+PEAK = """
+def peak_gb():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 / 1e9 for line in file if line.startswith("VmHWM:"))
+"""
 OURS = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 from robopost.merging.config import MergeConfig
 from robopost.merging.merge import merge
@@ -52,11 +59,10 @@ config = MergeConfig(base=base, finetuned=[tuned], alpha=[0.75], out=out, hash=h
 start = time.perf_counter()
 merge(config)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "shipped": seconds, "peak_gb": peak * 1024 / 1e9}))
+print(json.dumps({"seconds": seconds, "shipped": seconds, "peak_gb": peak_gb()}))
 """
 NAIVE = """
-import json, os, resource, sys, time
+import json, os, sys, time
 import torch
 from safetensors.torch import load_file, save_file
 base, tuned, out, kind = sys.argv[1:5]
@@ -71,8 +77,7 @@ shipped = time.perf_counter() - start
 file = os.open(out, os.O_RDONLY)
 os.fsync(file)
 seconds = time.perf_counter() - start
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(json.dumps({"seconds": seconds, "shipped": shipped, "peak_gb": peak * 1024 / 1e9}))
+print(json.dumps({"seconds": seconds, "shipped": shipped, "peak_gb": peak_gb()}))
 """
 
 
@@ -161,10 +166,10 @@ def once(folder, side, cache, hashes="hash", method="linear", threads=0):
     prepare([path for files in files_of(folder, side) for path in files], cache)
     base, tuned = (str(folder / name) for name in ("base", "tuned"))
     if side == "ours":
-        words = [sys.executable, "-c", OURS, base, tuned, str(out), hashes, method]
+        words = [sys.executable, "-c", PEAK + OURS, base, tuned, str(out), hashes, method]
     else:
         base, tuned = (",".join(map(str, files)) for files in files_of(folder, side))
-        words = [sys.executable, "-c", NAIVE, base, tuned, str(out), side]
+        words = [sys.executable, "-c", PEAK + NAIVE, base, tuned, str(out), side]
     env = {k: v for k, v in os.environ.items() if not k.endswith("_NUM_THREADS")}
     env |= {"OMP_NUM_THREADS": str(threads)} if threads else {}
     done = subprocess.run(words, capture_output=True, text=True, env=env)
