@@ -60,11 +60,9 @@ FAMILIES: dict[str, Groups] = {
                 "encoder.images",
                 "encoder.vlm.vision_tower",
                 "encoder.vlm.multi_modal_projector",
-                "vision",
-                "projector",
             ),
-            "language": ("encoder.instruction", "encoder.vlm.language_model", "language"),
-            "action": ("net", "log_std", "balance", "slots", "proprio_projector"),
+            "language": ("encoder.instruction", "encoder.vlm.language_model"),
+            "action": ("net", "log_std", "balance"),
         }
     ),
     "smolvla": _under("model", _SMOLVLA),

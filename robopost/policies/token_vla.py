@@ -51,10 +51,10 @@ class TokenVLA(TokenPolicy):
     registry_name = "token_vla"
     config: TokenVLAConfig
     # Prefixes of parameter names by what they are part of, for merging by module.
-    PARTS: ClassVar[dict[str, tuple[str, ...]]] = {
-        "vision": ("vision.", "projector."),
-        "language": ("language.model.",),
-        "action": ("language.lm_head.", "proprio_projector.", "slots"),
+    module_groups: ClassVar[dict[str, tuple[str, ...]]] = {
+        "vision": ("vision", "projector"),
+        "language": ("language.model",),
+        "action": ("language.lm_head", "proprio_projector", "slots"),
     }
 
     def __init__(self, config: TokenVLAConfig, spec: Spec) -> None:

@@ -56,9 +56,6 @@ NAMES = {
         "frozen.encoder.instruction.words.weight": "language",
         "net.net.inp.weight": "action",
         "log_std": "action",
-        "language.model.embed_tokens.weight": "language",
-        "vision.towers.siglip.x": "vision",
-        "slots": "action",
         "encoder.vlm.language_model.norm.weight": "language",
     },
 }

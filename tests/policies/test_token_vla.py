@@ -15,6 +15,7 @@ from robopost.data.episode import Episode
 from robopost.data.store import EpisodeStore
 from robopost.errors import ConfigError
 from robopost.loops import train
+from robopost.merging.groups import group_of
 from robopost.nets.flat import Flat, adam
 from robopost.nets.vla.language import LanguageConfig
 from robopost.nets.vla.prompts import to_bytes
@@ -425,7 +426,11 @@ def test_what_does_not_fit_is_said(changes, message):
 @pytest.mark.parametrize("changes", [{}, {"dino": tower(), "lora_rank": 2}, {"layout": "openvla"}])
 def test_every_parameter_is_of_one_part(changes):
     for name, _ in make(**changes).named_parameters():
-        assert sum(name.startswith(prefixes) for prefixes in TokenVLA.PARTS.values()) == 1, name
+        assert group_of(name, TokenVLA.module_groups) is not None, name
+    part = lambda name: group_of(name, TokenVLA.module_groups)  # noqa: E731
+    assert part("vision.towers.siglip.model.embeddings.patch_embedding.weight") == "vision"
+    assert part("language.model.embed_tokens.weight") == "language"
+    assert part("language.lm_head.weight") == part("slots") == "action"
 
 
 @pytest.mark.parametrize("layout", ["oft", "openvla"])
