@@ -275,9 +275,10 @@ class AdaptedFlow(Flow):
         self.config.lora_rank = 0
 
 
-def test_adapters_of_policies_are_folded(tmp_path):
-    if "adapted_flow" not in POLICIES:
-        POLICIES.register("adapted_flow", config=AdaptedConfig)(AdaptedFlow)
+def test_adapters_of_policies_are_folded(tmp_path, monkeypatch):
+    POLICIES.names()  # loads all of them: the copy that this test adds to must be whole
+    monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
+    POLICIES.register("adapted_flow", config=AdaptedConfig)(AdaptedFlow)
     sizes = {"horizon": 4, "width": 16, "depth": 1, "steps": 2}
     torch.manual_seed(0)
     base = AdaptedFlow(AdaptedConfig(**sizes), SPEC)
