@@ -7,7 +7,7 @@ from pathlib import Path
 from sides.bases import QUIET, ROOT, locked
 from sides.vla_backbone import backbone_errors, make_backbone
 
-from robopost.artefacts.checkpoint import load_policy
+from robopost.artefacts.checkpoint import LATEST, load_policy
 from robopost.collect import collect
 from robopost.compose import compose
 from robopost.evaluate.rollout import evaluate
@@ -62,7 +62,7 @@ def clone(name: str, start: Path, data: Path, steps: int, seed: int, *more: str)
         f"algo.decay_steps={steps}",
         f"loop.steps={steps}",
         f"loop.log_every={max(1, steps // 20)}",
-        f"loop.checkpoint_every={steps}",
+        f"loop.checkpoint_every={max(1, steps // 5)}",
         *more,
     ]
     # What it depends on is in its name: other sizes never meet in one folder.
@@ -71,8 +71,11 @@ def clone(name: str, start: Path, data: Path, steps: int, seed: int, *more: str)
     )
     with locked(folder):
         if not (folder / "trained").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            paths = [f"policy.path={start}", f"data.path={data}", f"out={folder}"]
+            paths = [f"policy.path={start}", f"data.path={data}"]
+            resumed = (folder / "checkpoints" / LATEST).exists()
+            if not resumed:
+                shutil.rmtree(folder, ignore_errors=True)
+            paths.append(f"resume={folder}" if resumed else f"out={folder}")
             train(compose([*words, *QUIET, "env=null", f"seed={seed}", *paths]))
             (folder / "trained").touch()
     return folder
