@@ -10,11 +10,12 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
+from robopost.config import PolicyConfig
 from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError
 from robopost.nets.denoiser import build_denoiser
@@ -23,43 +24,54 @@ from robopost.policies.base import Policy
 
 
 @dataclass
-class ChainConfig(EncodedConfig):
-    """Config that flow and diffusion policies share."""
+class ChainConfig(PolicyConfig):
+    """Config that all policies with a chain share."""
 
     horizon: int = 16
     normalise_action: str = "minmax"
     steps: int = 10  # steps K of the chain when sampling
+    frozen_steps: int = 0  # first steps of the chain that a frozen copy takes, see `freeze_first`
+
+
+@dataclass
+class DenoiserConfig(ChainConfig, EncodedConfig):
+    """Config of a chain whose networks are an `ObsEncoder` and one of `robopost.nets.denoiser`."""
+
     backbone: str = "mlp"  # mlp | unet | transformer
     width: int = 256
     depth: int = 3
     activation: str = "mish"  # of the mlp backbone
     layernorm: bool = True  # in the blocks of the mlp backbone
-    frozen_steps: int = 0  # first steps of the chain that a frozen copy takes, see `freeze_first`
+
+
+class Encoder(Protocol):
+    """What encodes observations: called with (obs, augment=None), it gives (B, out_dim)."""
+
+    out_dim: int
+
+    def __call__(self, obs: Obs, augment: torch.Generator | None = None) -> Tensor:
+        """Encode normalised observations; images are shifted at random with `augment`."""
+        ...
 
 
 class ChainPolicy(Policy):
     """A policy that carries noise to an action chunk in K steps.
 
-    Subclasses give the mean of each step. `frozen_steps` of them, the noisiest, are taken by a copy of the encoder and
-    the network that fine-tuning leaves alone.
+    Subclasses build the networks and give the mean of each step. `frozen_steps` of them, the noisiest, are taken by a
+    copy of the encoder and the network that fine-tuning leaves alone.
+
+    Attributes:
+        encoder: module from normalised observations to `cond` (B, D), all that `net` sees of them.
+        net: module that takes a step.
     """
 
     config: ChainConfig
+    encoder: Encoder
 
-    def __init__(self, config: ChainConfig, spec: Spec, times: int = 1) -> None:
+    def __init__(self, config: ChainConfig, spec: Spec) -> None:
         super().__init__(config, spec)
-        self.encoder = ObsEncoder(spec, self.obs_keys, self.history, config)
-        self.net = build_denoiser(
-            config.backbone,
-            self.horizon,
-            spec.action_dim,
-            self.encoder.out_dim,
-            width=config.width,
-            depth=config.depth,
-            times=times,
-            activation=config.activation,
-            layernorm=config.layernorm,
-        )
+        encoder, self.net = self.build(config)
+        self.add_module("encoder", encoder)
         self.clip = chunk_clip(config, spec)
         if not 0 <= config.frozen_steps < config.steps:
             raise ConfigError(
@@ -67,6 +79,35 @@ class ChainPolicy(Policy):
             )
         if config.frozen_steps:
             self._copy_frozen()
+
+    def build(self, config: Any) -> tuple[nn.Module, nn.Module]:
+        """The encoder and the network; called once by the constructor, before anything else of the subclass."""
+        return self.build_denoiser(config)
+
+    def build_denoiser(self, config: DenoiserConfig, times: int = 1) -> tuple[ObsEncoder, nn.Module]:
+        """An `ObsEncoder` and the configured denoiser, which takes `times` scalar times."""
+        encoder = ObsEncoder(self.spec, self.obs_keys, self.history, config)
+        net = build_denoiser(
+            config.backbone,
+            self.horizon,
+            self.spec.action_dim,
+            encoder.out_dim,
+            width=config.width,
+            depth=config.depth,
+            times=times,
+            activation=config.activation,
+            layernorm=config.layernorm,
+        )
+        return encoder, net
+
+    def features(self, cond: Tensor) -> Tensor:
+        """(B, F) what a small network beside the policy reads of the encoded observations `cond` (B, D)."""
+        return cond
+
+    @property
+    def feature_dim(self) -> int:
+        """Size F of `features`."""
+        return self.encoder.out_dim
 
     @property
     def num_steps(self) -> int:
@@ -99,7 +140,7 @@ class ChainPolicy(Policy):
             self._copy_frozen()
 
     def _copy_frozen(self) -> None:
-        parts = nn.ModuleDict({"encoder": self.encoder, "net": self.net})
+        parts = nn.ModuleDict({"encoder": cast(nn.Module, self.encoder), "net": self.net})
         self.frozen = copy.deepcopy(parts).requires_grad_(False)
 
     @abstractmethod
@@ -143,7 +184,7 @@ class ChainPolicy(Policy):
         return torch.randn(shape, generator=generator, device=self.device)
 
 
-def chunk_clip(config: EncodedConfig, spec: Spec) -> float:
+def chunk_clip(config: PolicyConfig, spec: Spec) -> float:
     """1 where normalised actions lie in [-1, 1] by construction, otherwise infinity."""
     inside = config.normalise_action == "minmax" or (config.normalise_action == "bounds" and spec.bounded)
     return 1.0 if inside else float("inf")

@@ -13,7 +13,7 @@ from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError, require, unknown
 from robopost.nets.denoiser import denoise_steps
 from robopost.nets.masked import masked_mean
-from robopost.policies.chain import ChainConfig, ChainPolicy
+from robopost.policies.chain import ChainPolicy, DenoiserConfig
 from robopost.registry import POLICIES
 
 SAMPLERS = ("ddim", "ddpm")
@@ -21,7 +21,7 @@ PREDICTIONS = ("epsilon", "sample", "v_prediction")
 
 
 @dataclass
-class DiffusionConfig(ChainConfig):
+class DiffusionConfig(DenoiserConfig):
     """Config of `Diffusion`."""
 
     name: str = "diffusion"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import cast
 
@@ -13,7 +14,7 @@ from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError, unknown
 from robopost.nets.denoiser import denoise_steps
 from robopost.nets.masked import masked_mean
-from robopost.policies.chain import ChainConfig, ChainPolicy
+from robopost.policies.chain import ChainPolicy, DenoiserConfig
 from robopost.registry import POLICIES
 
 VARIANTS = ("rectified", "shortcut")
@@ -52,7 +53,7 @@ class TimeGrid:
 
 
 @dataclass
-class FlowConfig(ChainConfig):
+class FlowConfig(DenoiserConfig):
     """Config of `Flow`; `steps` is a power of two for a shortcut model."""
 
     name: str = "flow"
@@ -88,13 +89,74 @@ class FlowConfig(ChainConfig):
                 raise ConfigError(f"policy.shortcut_fraction={self.shortcut_fraction} must lie in (0, 1)")
 
 
+class FlowPolicy(ChainPolicy):
+    """A velocity field that carries Gaussian noise (t = 0) to action chunks (t = 1), in K solver steps.
+
+    Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field regresses
+    x_1 - x_0. Subclasses set `grid` and say what their network gives.
+    """
+
+    registry_name = "flow"  # what errors call the family
+    grid: TimeGrid
+
+    @property
+    def num_steps(self) -> int:
+        """Steps K of the grid."""
+        return self.grid.steps
+
+    @property
+    def rectified(self) -> bool:
+        """True where the field is the velocity at a point, False where it depends on the step that is taken."""
+        return True
+
+    @property
+    def prediction(self) -> str:
+        """What the network's loss is the squared error of: `velocity`, or `sample` (x_1)."""
+        return "velocity"
+
+    def velocity(self, x: Tensor, t: Tensor, cond: Tensor) -> Tensor:
+        """Velocity (B, H, A) at `x` (B, H, A) and time `t` (B,), given encoded observations `cond` (B, D)."""
+        return self.velocities(x[:, None], t[:, None], cond)[:, 0]
+
+    def velocities(self, x: Tensor, t: Tensor, cond: Tensor, net: nn.Module | None = None) -> Tensor:
+        """Velocities (B, n, H, A) at n points `x` (B, n, H, A) of each sample, in one batch.
+
+        `t` are their times: (n,) for all samples, or (B, n).
+        """
+        return denoise_steps(self.net if net is None else net, x, cond, t)
+
+    @abstractmethod
+    def time_embedding(self, steps: range) -> Tensor:
+        """(n, T) what the network makes of the times at which `steps` begin."""
+
+    def means(self, x: Tensor, first: int, cond: Tensor, net: nn.Module | None = None) -> Tensor:
+        """See `ChainPolicy.means`: where the solver goes from each x_k."""
+        dt = self.grid.dt
+        t = self.grid.starts(first, x.shape[1], x.device)
+        velocity = self.velocities(x, t, cond, net)
+        if self.grid.solver == "midpoint":
+            velocity = self.velocities(x + velocity * (dt / 2), t + dt / 2, cond, net)
+        return x + velocity * dt
+
+    def sample(
+        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Solve the flow; the chain holds x_0 .. x_K before the final clip.
+
+        `deterministic` starts at x_0 = 0 instead of Gaussian noise: the same chunk for the same observation. Where
+        demonstrations have several modes that is a compromise between them, and a sample acts better.
+        """
+        x = self.start(len(next(iter(obs.values()))), generator, deterministic)
+        chain = self.chain(obs, x)
+        return chain[-1].clamp(-self.clip, self.clip), None, torch.stack(chain, dim=1)
+
+
 @POLICIES.register("flow", config=FlowConfig)
-class Flow(ChainPolicy):
+class Flow(FlowPolicy):
     """Velocity field that carries Gaussian noise to action chunks; K solver steps, no log-probability.
 
-    Rectified flow (Liu et al. 2022, eq. 1; Lipman et al. 2022, eq. 23): x_t = (1 - t) x_0 + t x_1, the field
-    regresses x_1 - x_0. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take the step size, and learn
-    that one step of 2d equals two steps of d.
+    A rectified flow (`FlowPolicy`) or a shortcut model. Shortcut models (Frans et al. 2024, eq. 4 and 5) also take
+    the step size, and learn that one step of 2d equals two steps of d.
 
     With `prediction=sample` the network's output is an estimate of x_1 and the velocity is (x_1 - x) / (1 - t): a
     small network then spends nothing on reproducing the noise, and the loss is the velocity loss weighted by
@@ -104,14 +166,23 @@ class Flow(ChainPolicy):
     registry_name = "flow"
 
     def __init__(self, config: FlowConfig, spec: Spec) -> None:
-        super().__init__(config, spec, times=2 if config.variant == "shortcut" else 1)
+        super().__init__(config, spec)
         self.config: FlowConfig = config
         self.grid = TimeGrid(config.steps, config.solver)
 
+    def build(self, config: FlowConfig) -> tuple[nn.Module, nn.Module]:
+        """See `ChainPolicy.build`; a shortcut model takes the step's size too."""
+        return self.build_denoiser(config, times=2 if config.variant == "shortcut" else 1)
+
     @property
-    def num_steps(self) -> int:
-        """Steps K of the grid."""
-        return self.grid.steps
+    def rectified(self) -> bool:
+        """See `FlowPolicy.rectified`."""
+        return self.config.variant == "rectified"
+
+    @property
+    def prediction(self) -> str:
+        """See `FlowPolicy.prediction`."""
+        return self.config.prediction
 
     def velocity(self, x: Tensor, t: Tensor, cond: Tensor, step: Tensor | float | None = None) -> Tensor:
         """Velocity (B, H, A) at `x` (B, H, A) and time `t` (B,), given encoded observations `cond` (B, D).
@@ -149,27 +220,6 @@ class Flow(ChainPolicy):
         t = self.grid.starts(steps.start, len(steps), self.device)
         embed = cast(nn.Module, self.net.time)
         return embed(*self._times(t, None))
-
-    def means(self, x: Tensor, first: int, cond: Tensor, net: nn.Module | None = None) -> Tensor:
-        """See `ChainPolicy.means`: where the solver goes from each x_k."""
-        dt = self.grid.dt
-        t = self.grid.starts(first, x.shape[1], x.device)
-        velocity = self.velocities(x, t, cond, net)
-        if self.grid.solver == "midpoint":
-            velocity = self.velocities(x + velocity * (dt / 2), t + dt / 2, cond, net)
-        return x + velocity * dt
-
-    def sample(
-        self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Solve the flow; the chain holds x_0 .. x_K before the final clip.
-
-        `deterministic` starts at x_0 = 0 instead of Gaussian noise: the same chunk for the same observation. Where
-        demonstrations have several modes that is a compromise between them, and a sample acts better.
-        """
-        x = self.start(len(next(iter(obs.values()))), generator, deterministic)
-        chain = self.chain(obs, x)
-        return chain[-1].clamp(-self.clip, self.clip), None, torch.stack(chain, dim=1)
 
     def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
         """Flow-matching loss; for shortcut models part of the batch trains self-consistency."""

@@ -99,7 +99,7 @@ class FPO(PlainFlowPPO):
     def space(self) -> str:
         """What the loss is the squared error of."""
         loss = self.config.loss
-        return self.policy.config.prediction if loss == "own" else loss
+        return self.policy.prediction if loss == "own" else loss
 
     @property
     def rows_per_decision(self) -> int:

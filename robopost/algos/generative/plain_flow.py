@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from robopost.algos.generative.chunk_ppo import ChunkPPO, blocks
 from robopost.data.batch import Obs
 from robopost.errors import ConfigError
-from robopost.policies.flow import Flow
+from robopost.policies.flow import FlowPolicy
 
 # Of all rows: the networks' activations count, and every row may hold several points.
 POINTS = 16_384
@@ -18,8 +18,8 @@ POINTS = 16_384
 class PlainFlowPPO(ChunkPPO):
     """PPO on a rectified flow all of whose steps are fine-tuned, without a density of its chain."""
 
-    policies = (Flow,)
-    policy: Flow
+    policies = (FlowPolicy,)
+    policy: FlowPolicy
 
     def build_actor(self) -> list[nn.Module]:
         """The policy.
@@ -28,10 +28,10 @@ class PlainFlowPPO(ChunkPPO):
             ConfigError: a shortcut model, or a policy whose first steps are frozen.
         """
         policy = self.policy
-        if policy.config.variant != "rectified":
+        if not policy.rectified:
             raise ConfigError(
                 f"algo={self.registry_name} compares velocities of one field at points between noise and action, a "
-                f"policy.variant={policy.config.variant} model jumps: its steps don't follow the velocity at a point. "
+                "policy.variant=shortcut model jumps: its steps don't follow the velocity at a point. "
                 "Fix: policy.variant=rectified when training the base policy, or algo=reinflow"
             )
         if policy.frozen_steps:

@@ -20,7 +20,7 @@ from robopost.algos.online.ppo import approximate_kl, clipped_loss
 from robopost.data.batch import Batch, below
 from robopost.errors import ConfigError
 from robopost.nets.mlp import MLP
-from robopost.policies.flow import Flow
+from robopost.policies.flow import FlowPolicy
 from robopost.policies.gaussian import HALF_LOG_2PI
 from robopost.registry import ALGOS
 
@@ -122,9 +122,9 @@ class ReinFlow(NoisyChainPPO):
     """ReinFlow: clipped policy gradient on the density of a noisy flow."""
 
     registry_name = "reinflow"
-    policies = (Flow,)
+    policies = (FlowPolicy,)
     config: ReinFlowConfig
-    policy: Flow
+    policy: FlowPolicy
 
     def build_actor(self) -> list[nn.Module]:
         """The policy and the noise network."""
@@ -141,7 +141,7 @@ class ReinFlow(NoisyChainPPO):
             return modules
         probe = policy.time_embedding(range(1))
         self.noise = NoiseNet(
-            probe.shape[-1] + policy.encoder.out_dim,
+            probe.shape[-1] + policy.feature_dim,
             cfg.noise_hidden,
             (policy.horizon, policy.spec.action_dim),
             cfg.noise_min,
@@ -155,7 +155,7 @@ class ReinFlow(NoisyChainPPO):
         if cfg.noise_min == cfg.noise_max:
             shape = (1, len(steps), self.policy.horizon, self.policy.spec.action_dim)
             return torch.full(shape, cfg.noise_min, device=cond.device)
-        std = self.noise(self.policy.time_embedding(steps).detach(), cond.detach())
+        std = self.noise(self.policy.time_embedding(steps).detach(), self.policy.features(cond).detach())
         frozen = self.policy.frozen_steps - steps.start
         if frozen > 0:
             std = torch.cat([torch.full_like(std[:, :frozen], cfg.noise_min), std[:, frozen:]], 1)
