@@ -149,6 +149,12 @@ class Algorithm(ABC):
 
     def accelerate(self, mode: str) -> None:
         """Compile or capture the update steps, see `robopost.accel.accelerate`. Call once, before the first update."""
+        if not self.policy.capturable:
+            if mode not in ("auto", "eager"):
+                raise ConfigError(
+                    f"accel.mode={mode}: policy={self.policy.registry_name} works on the host. Fix: accel.mode=eager"
+                )
+            mode = "eager"
         for name in self.steps:
             fn = getattr(type(self), name).__get__(self)
             wrapped = accelerate(fn, mode, device=self.device, generators=(self.generator,))

@@ -57,6 +57,9 @@ class Policy(nn.Module, ABC):
     reads_step: bool = (
         False  # True where actions depend on the step within the episode: obs[EPISODE_STEP] (B,)
     )
+    capturable: ClassVar[bool] = (
+        True  # False where its networks work on the host: no CUDA graphs, no torch.compile
+    )
     discrete: ClassVar[bool] = False  # True where it chooses among `Spec.choices` actions
     own_keys: ClassVar[tuple[str, ...]] = ()  # the observations it adds, which no environment has to offer
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -95,8 +95,49 @@ class FlowVLAConfig(ChainConfig):
             )
 
 
+class PrefixFlow(FlowPolicy):
+    """A flow VLA: what pi0 and SmolVLA share. `cond` is the packed prefix, see `PrefixLayout`."""
+
+    config: Any
+
+    def features(self, cond: Tensor) -> Tensor:
+        """Mean hidden state of the prefix: `cond` itself is far too large for a small network."""
+        return cond[:, -self.feature_dim :]
+
+    @property
+    def feature_dim(self) -> int:
+        """See `ChainPolicy.feature_dim`."""
+        return cast(Any, self.encoder).layout.summary
+
+    def time_embedding(self, steps: range) -> Tensor:
+        """See `FlowPolicy.time_embedding`."""
+        return cast(Any, self.net).time(self.grid.starts(steps.start, len(steps), self.device))
+
+    def draw_times(self, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
+        """Training times (batch,), 0 = noise: uniform, or pi0's 1 - t = .001 + .999 Beta(1.5, 1)."""
+        draw = self.grid.draw(batch, generator, device)
+        if self.config.times == "uniform":
+            return draw
+        return 1 - (
+            0.001 + 0.999 * draw.pow(1 / 1.5)
+        )  # the inverse of Beta(1.5, 1)'s distribution function u^1.5
+
+    def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
+        """Flow-matching loss (Black et al. 2024, eq. 1): a mean over valid steps and the task's action dimensions.
+
+        Neither padded steps nor padded dimensions count, above or below the fraction bar; without a valid step it is 0.
+        """
+        cond = self.encoder(obs, generator)
+        chunk = chunk * mask.unsqueeze(-1)  # padding must not reach the network's input either
+        noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)
+        t = self.draw_times(len(chunk), generator, chunk.device)
+        at = t[:, None, None]
+        velocity = self.velocity((1 - at) * noise + at * chunk, t, cond)
+        return masked_mean((velocity - (chunk - noise)).square(), mask)
+
+
 @POLICIES.register("flow_vla", config=FlowVLAConfig)
-class FlowVLA(FlowPolicy):
+class FlowVLA(PrefixFlow):
     """pi0 (Black et al. 2024): images, an instruction and the state to chunks, by Euler steps of a flow.
 
     The prefix (images and instruction) is encoded once per observation; its keys and values are `cond`, and every
@@ -212,41 +253,6 @@ class FlowVLA(FlowPolicy):
             action_dim=config.action_dim or self.spec.action_dim,
             horizon=self.horizon,
         )
-
-    def features(self, cond: Tensor) -> Tensor:
-        """Mean hidden state of the prefix: `cond` itself is far too large for a small network."""
-        return cond[:, -self.feature_dim :]
-
-    @property
-    def feature_dim(self) -> int:
-        """See `ChainPolicy.feature_dim`."""
-        return self.encoder.layout.summary
-
-    def time_embedding(self, steps: range) -> Tensor:
-        """See `FlowPolicy.time_embedding`."""
-        return self.net.time(self.grid.starts(steps.start, len(steps), self.device))
-
-    def draw_times(self, batch: int, generator: torch.Generator | None, device: torch.device) -> Tensor:
-        """Training times (batch,), 0 = noise: uniform, or pi0's 1 - t = .001 + .999 Beta(1.5, 1)."""
-        draw = self.grid.draw(batch, generator, device)
-        if self.config.times == "uniform":
-            return draw
-        return 1 - (
-            0.001 + 0.999 * draw.pow(1 / 1.5)
-        )  # the inverse of Beta(1.5, 1)'s distribution function u^1.5
-
-    def bc_loss(self, obs: Obs, chunk: Tensor, mask: Tensor, generator: torch.Generator | None) -> Tensor:
-        """Flow-matching loss (Black et al. 2024, eq. 1): a mean over valid steps and the task's action dimensions.
-
-        Neither padded steps nor padded dimensions count, above or below the fraction bar; without a valid step it is 0.
-        """
-        cond = self.encoder(obs, generator)
-        chunk = chunk * mask.unsqueeze(-1)  # padding must not reach the network's input either
-        noise = torch.randn(chunk.shape, generator=generator, device=chunk.device)
-        t = self.draw_times(len(chunk), generator, chunk.device)
-        at = t[:, None, None]
-        velocity = self.velocity((1 - at) * noise + at * chunk, t, cond)
-        return masked_mean((velocity - (chunk - noise)).square(), mask)
 
     def export(self) -> nn.Module:
         """The weights as a `PI0ForConditionalGeneration`, whose `save_pretrained` writes what `path` reads."""

@@ -28,6 +28,7 @@ class PrefixLayout:
         head: E, size of a head.
         state: S, size of the state that the action expert gets, 0 where it is a token of the prefix.
         summary: F, size of the mean hidden state.
+        tokens_first: keys and values are (B, P, G, E), as lerobot's SmolVLA has them, instead of (B, G, P, E).
     """
 
     layers: int
@@ -36,6 +37,7 @@ class PrefixLayout:
     head: int
     state: int
     summary: int
+    tokens_first: bool = False
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -57,7 +59,8 @@ class PrefixLayout:
     def unpack(self, packed: Tensor) -> tuple[list[Pair], Tensor, Tensor, Tensor]:
         """Keys and values, valid (B, P) bool, state (B, S) and summary (B, F)."""
         pairs, valid, state, summary = packed.split(self.sizes, dim=1)
-        pairs = pairs.unflatten(1, (self.layers, 2, self.heads, self.length, self.head))
+        inner = (self.length, self.heads) if self.tokens_first else (self.heads, self.length)
+        pairs = pairs.unflatten(1, (self.layers, 2, *inner, self.head))
         return [(pair[:, 0], pair[:, 1]) for pair in pairs.unbind(1)], valid > 0.5, state, summary
 
 
