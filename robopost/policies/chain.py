@@ -184,6 +184,11 @@ class ChainPolicy(Policy):
         return torch.randn(shape, generator=generator, device=self.device)
 
 
+def with_frozen(groups: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    """Prefixes of parameter names by module, and those of the frozen copies of the same modules."""
+    return {name: (*items, *(f"frozen.{item}" for item in items)) for name, items in groups.items()}
+
+
 def chunk_clip(config: PolicyConfig, spec: Spec) -> float:
     """1 where normalised actions lie in [-1, 1] by construction, otherwise infinity."""
     inside = config.normalise_action == "minmax" or (config.normalise_action == "bounds" and spec.bounded)

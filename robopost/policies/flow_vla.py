@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,16 +17,17 @@ from robopost.errors import ConfigError, unknown
 from robopost.nets.encoder import INSTRUCTION
 from robopost.nets.masked import masked_mean
 from robopost.nets.vla.commands import commands
+from robopost.nets.vla.lora import add_lora, merge_lora
 from robopost.nets.vla.pi0 import ActionExpert, PrefixEncoder, build_pi0, load_pi0, tiny_arch
 from robopost.nets.vla.prompts import Prompts, pack, read_tokenizer, train_tokenizer, unpack
-from robopost.policies.chain import ChainConfig
+from robopost.policies.chain import ChainConfig, with_frozen
 from robopost.policies.flow import FlowPolicy, TimeGrid
 from robopost.registry import POLICIES
 
 TIMES = ("beta", "uniform")
-FROZEN = ("none", "vision", "vlm")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAINED = ("words", "bpe")
+STATE = "state"
 TEMPLATE = "{instruction}\n"  # what pi0 was trained with
 
 
@@ -33,7 +35,7 @@ TEMPLATE = "{instruction}\n"  # what pi0 was trained with
 class FlowVLAConfig(ChainConfig):
     """Config of `FlowVLA`: sizes of a model built anew, or `path` of one that exists.
 
-    `arch` and `vocabulary` are filled when the policy is made, so that its checkpoint is complete.
+    `arch` and `tokenizer_json` are filled when the policy is made, so that its checkpoint is complete.
     """
 
     name: str = "flow_vla"
@@ -54,29 +56,37 @@ class FlowVLAConfig(ChainConfig):
     state_dim: int = 0  # state the expert takes, zero-padded; 0 = what the observations have
     action_dim: int = 0  # actions the expert takes, padded; 0 = the task's
     times: str = "beta"  # training times: beta = pi0's, dense near noise | uniform
-    freeze: str = "none"  # none | vision | vlm: the part that isn't trained
-    dtype: str = "float32"  # float32 | bfloat16, of weights and activations; times and chunks stay float32
-    recompute: bool = (
-        False  # activations again in the backward pass instead of memory (gradient checkpointing)
+    freeze_vision: bool = False
+    freeze_vlm: bool = False  # train the action expert alone
+    lora_rank: int = (
+        0  # adapters in language model and expert, and their projections, are trained; 0 = all weights
     )
+    lora_alpha: float = 16.0
+    lora_targets: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )  # names of linear layers
+    proprio: list[int] = field(
+        default_factory=lambda: [0, 0]
+    )  # first column of `state` and how many (0 = the rest); [] = none
+    dtype: str = "float32"  # float32 | bfloat16, of weights and activations; times and chunks stay float32
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass
     image_shift: int = 4  # random shift in pixels when training, 0 = none
     pad_noise: bool = False  # padded action dimensions hold noise, as in pi0's own training; set with `path`
     arch: str = ""
-    vocabulary: str = ""
+    tokenizer_json: str = ""
     source: str = ""  # the `path` it came from
 
     def __post_init__(self) -> None:
         if self.times not in TIMES:
             raise unknown("policy.times", self.times, TIMES)
-        if self.freeze not in FROZEN:
-            raise unknown("policy.freeze", self.freeze, FROZEN)
+        check_columns(self.proprio)
         if self.dtype not in DTYPES:
             raise unknown("policy.dtype", self.dtype, DTYPES)
         sizes = ("steps", "prompt_length", "vision_width", "vision_layers", "width", "layers", "heads")
         for name in (*sizes, "expert_width", "patch", "text_tokens"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"policy.{name}={getattr(self, name)} must be at least 1")
-        for name in ("state_dim", "action_dim", "image_shift"):
+        for name in ("state_dim", "action_dim", "image_shift", "lora_rank"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"policy.{name}={getattr(self, name)} must be 0 or more")
         if self.image_size < self.patch or self.image_size % self.patch:
@@ -145,6 +155,13 @@ class FlowVLA(PrefixFlow):
     """
 
     registry_name = "flow_vla"
+    module_groups: ClassVar[dict[str, tuple[str, ...]]] = with_frozen(
+        {
+            "vision": ("encoder.vlm.vision_tower", "encoder.vlm.multi_modal_projector"),
+            "language": ("encoder.vlm.language_model",),
+            "action": ("net",),
+        }
+    )
     config: FlowVLAConfig
     encoder: PrefixEncoder
     net: ActionExpert
@@ -161,7 +178,7 @@ class FlowVLA(PrefixFlow):
             CheckpointError: nothing usable at `path`.
         """
         images, floats = self._keys()
-        state = sum(torch.Size(self.spec.obs[key][0]).numel() for key in floats)
+        state = sum(columns.stop - columns.start for columns in floats.values())
         vocabulary = self._vocabulary(config)
         if config.path:
             model, config.arch = load_pi0(config.path, DTYPES[config.dtype])
@@ -184,7 +201,7 @@ class FlowVLA(PrefixFlow):
                     f"the tokenizer has {prompts.tokenizer.get_vocab_size()} tokens, the model knows "
                     f"{pi0.vlm_config.text_config.vocab_size}. Fix: policy.tokenizer=<the model's own>"
                 )
-        config.vocabulary = pack(vocabulary)
+        config.tokenizer_json = pack(vocabulary)
         encoder = PrefixEncoder(
             model.model.vlm,
             prompts,
@@ -192,7 +209,7 @@ class FlowVLA(PrefixFlow):
             floats,
             pi0.max_state_dim,
             shift=config.image_shift,
-            recompute=config.recompute,
+            recompute=config.gradient_checkpointing,
         )
         expert = ActionExpert(
             model,
@@ -200,18 +217,35 @@ class FlowVLA(PrefixFlow):
             self.horizon,
             self.spec.action_dim,
             pad_noise=config.pad_noise,
-            recompute=config.recompute,
+            recompute=config.gradient_checkpointing,
         )
-        frozen = {"none": None, "vision": encoder.vlm.vision_tower, "vlm": encoder.vlm}[config.freeze]
-        if frozen is not None:
-            frozen.requires_grad_(False)
+        if config.freeze_vision:
+            encoder.vlm.vision_tower.requires_grad_(False)
+        if config.lora_rank:
+            encoder.vlm.requires_grad_(False)
+            for decoder in [expert.dit] if config.freeze_vlm else [encoder.vlm.language_model, expert.dit]:
+                add_lora(decoder, config.lora_rank, config.lora_alpha, config.lora_targets)
+            for head in (
+                expert.embed_action_time,
+                expert.action_out_proj,
+            ):  # trained in full, beside adapters
+                for parameter in head.parameters():
+                    parameter.data = parameter.data.float()
+        elif config.freeze_vlm:
+            encoder.vlm.requires_grad_(False)
         return encoder, expert
 
-    def _keys(self) -> tuple[list[str], list[str]]:
-        """Keys of cameras and of vectors."""
+    def _keys(self) -> tuple[list[str], dict[str, slice]]:
+        """Keys of cameras; keys of vectors with the columns that are read."""
         obs = self.spec.obs
         images = [key for key in self.obs_keys if obs[key][1] == "uint8" and len(obs[key][0]) == 3]
-        floats = [key for key in self.obs_keys if obs[key][1].startswith("float")]
+        sizes = {
+            key: torch.Size(obs[key][0]).numel() for key in self.obs_keys if obs[key][1].startswith("float")
+        }
+        floats = {key: slice(0, size) for key, size in sizes.items()}
+        if STATE in floats:
+            floats[STATE] = columns_of(self.config.proprio, sizes[STATE])
+        floats = {key: columns for key, columns in floats.items() if columns.stop > columns.start}
         if not images:
             raise ConfigError(
                 f"policy=flow_vla needs an image, it observes {', '.join(self.obs_keys)}. "
@@ -219,19 +253,20 @@ class FlowVLA(PrefixFlow):
             )
         if self.history != 1:
             raise ConfigError(f"policy.history={self.history} must be 1 with policy=flow_vla")
-        other = set(self.obs_keys) - {*images, *floats, INSTRUCTION}
+        other = set(self.obs_keys) - {*images, *sizes, INSTRUCTION}
         if other:
             key = sorted(other)[0]
             raise ConfigError(
                 f"observation key {key!r} is {obs[key][1]} {obs[key][0]}: "
                 "expected float, a uint8 image (H, W, 3) or 'instruction'"
             )
+        self.obs_keys = [key for key in self.obs_keys if key in {*images, *floats, INSTRUCTION}]
         return images, floats
 
     def _vocabulary(self, config: FlowVLAConfig) -> str:
         """JSON of the tokenizer: the stored one, one trained in place, or one from a file."""
-        if config.vocabulary:
-            return unpack(config.vocabulary)
+        if config.tokenizer_json:
+            return unpack(config.tokenizer_json)
         if config.path and config.tokenizer in TRAINED:
             return gemma_tokenizer(read_tokenizer(config.path))
         if config.tokenizer in TRAINED:
@@ -257,11 +292,35 @@ class FlowVLA(PrefixFlow):
     def export(self) -> nn.Module:
         """The weights as a `PI0ForConditionalGeneration`, whose `save_pretrained` writes what `path` reads."""
         model = build_pi0(self.config.arch, DTYPES[self.config.dtype])
-        model.model.vlm.load_state_dict(self.encoder.vlm.state_dict())
-        model.model.dit.load_state_dict(self.net.dit.state_dict(), strict=False)  # without word embeddings
-        model.embed_action_time.load_state_dict(self.net.embed_action_time.state_dict())
-        model.action_out_proj.load_state_dict(self.net.action_out_proj.state_dict())
+        vlm, net = copy.deepcopy(self.encoder.vlm), copy.deepcopy(self.net)
+        if self.config.lora_rank:
+            for decoder in (vlm, net.dit):
+                merge_lora(decoder)
+        model.model.vlm.load_state_dict(vlm.state_dict())
+        model.model.dit.load_state_dict(net.dit.state_dict(), strict=False)  # without word embeddings
+        model.embed_action_time.load_state_dict(net.embed_action_time.state_dict())
+        model.action_out_proj.load_state_dict(net.action_out_proj.state_dict())
         return cast(nn.Module, model)
+
+
+def check_columns(proprio: list[int]) -> None:
+    """Raise ConfigError where `proprio` is neither [] nor [first column, how many]."""
+    if proprio and (len(proprio) != 2 or min(proprio) < 0):
+        raise ConfigError(f"policy.proprio={proprio} must be [] or [first column, how many]")
+
+
+def columns_of(proprio: list[int], size: int) -> slice:
+    """The columns of a state of `size` numbers that `proprio` chooses.
+
+    Raises:
+        ConfigError: columns that the state doesn't have.
+    """
+    if not proprio:
+        return slice(0, 0)
+    first, last = proprio[0], proprio[0] + proprio[1] if proprio[1] else size
+    if not first < last <= size:
+        raise ConfigError(f"policy.proprio={proprio} must choose columns 0..{size - 1} of `state`")
+    return slice(first, last)
 
 
 def gemma_tokenizer(text: str) -> str:

@@ -17,7 +17,7 @@ from robopost.errors import ConfigError, unknown
 from robopost.nets.norm import Normaliser
 from robopost.policies.base import Policy
 from robopost.policies.chain import ChainConfig
-from robopost.policies.flow_vla import TIMES
+from robopost.policies.flow_vla import TIMES, check_columns
 from robopost.policies.lerobot_parts import (
     ACTION,
     IMAGES,
@@ -48,6 +48,9 @@ class LeRobotConfig(ChainConfig):
     keys: dict[str, str] = field(
         default_factory=dict[str, str]
     )  # observation: feature, where names don't tell, e.g. {image: observation.images.top}
+    proprio: list[int] = field(
+        default_factory=lambda: [0, 0]
+    )  # first column of `state` and how many (0 = the rest), where the policy knows only the arm's own
     task: str = ""  # the instruction where observations hold none
     statistics: str = (
         "keep"  # keep: the processors' own | data: those of the training data, for another robot
@@ -61,6 +64,7 @@ class LeRobotConfig(ChainConfig):
     def __post_init__(self) -> None:
         if self.statistics not in STATISTICS:
             raise unknown("policy.statistics", self.statistics, STATISTICS)
+        check_columns(self.proprio)
         if self.times not in TIMES:
             raise unknown("policy.times", self.times, TIMES)
         for name in ("normalise_obs", "normalise_action"):
@@ -111,12 +115,12 @@ def open_parts(config: LeRobotConfig, spec: Spec) -> LeRobotParts:
     """The policy that `config` names, with its weights where it comes from a folder; fills `config.bundle`."""
     if config.path:
         folder = find_folder(config.path)
-        parts = LeRobotParts(collect(folder), spec, config.keys, config.task)
+        parts = LeRobotParts(collect(folder), spec, config)
         parts.load(folder / WEIGHTS)
         config.source, config.path = config.path, ""
         config.bundle = bundle(parts.files)
     else:
-        parts = LeRobotParts(unbundle(config.bundle), spec, config.keys, config.task)
+        parts = LeRobotParts(unbundle(config.bundle), spec, config)
     wanted = int(parts.settings.output_features[ACTION].shape[0])
     if wanted != spec.action_dim:
         raise ConfigError(f"{config.source} has {wanted} actions, the task has {spec.action_dim}")

@@ -12,7 +12,7 @@ import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,10 @@ from robopost.data.batch import Obs, Spec
 from robopost.errors import CheckpointError, ConfigError, require
 from robopost.nets.encoder import INSTRUCTION
 from robopost.nets.vla.prompts import pack, unpack
+from robopost.policies.flow_vla import columns_of
+
+if TYPE_CHECKING:
+    from robopost.policies.lerobot import LeRobotConfig
 
 EXTRA = "lerobot"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -153,9 +157,9 @@ class LeRobotParts:
         keys: our observation keys to its features.
     """
 
-    def __init__(self, files: dict[str, bytes], spec: Spec, keys: dict[str, str], task: str) -> None:
+    def __init__(self, files: dict[str, bytes], spec: Spec, config: LeRobotConfig) -> None:
         self.files = dict(files)
-        self.task = task
+        task = self.task = config.task
         factory = require("lerobot.policies.factory", EXTRA)
         settings_type = require("lerobot.configs.policies", EXTRA).PreTrainedConfig
         with unpacked(files) as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -180,7 +184,10 @@ class LeRobotParts:
                 self.settings, str(folder), preprocessor_overrides=before, postprocessor_overrides=after
             )
         self.speaks = "tokenizer_processor" in before
-        self.keys = match_keys(self.settings, spec, keys)
+        self.columns: dict[str, slice] = {}
+        if "state" in spec.obs:
+            self.columns["state"] = columns_of(config.proprio, int(spec.obs["state"][0][0]))
+        self.keys = match_keys(self.settings, spec, config.keys, self.columns)
         if self.speaks and INSTRUCTION not in spec.obs and not task:
             raise ConfigError(
                 "the policy follows instructions, the observations hold none. Fix: policy.task=<what it shall do>"
@@ -210,7 +217,7 @@ class LeRobotParts:
         self._go_to(some.device)
         batch: dict[str, Any] = {}
         for ours, theirs in self.keys.items():
-            value = obs[ours]
+            value = obs[ours][..., self.columns[ours]] if ours in self.columns else obs[ours]
             if value.dtype == torch.uint8:
                 value = fit_image(value, self.settings.input_features[theirs].shape)
             batch[theirs] = value
@@ -289,6 +296,8 @@ class LeRobotParts:
                     "Fix: policy.statistics=keep"
                 )
             values = {key: torch.as_tensor(stats[ours][key], dtype=torch.float32) for key in NEEDS[mode]}
+            if ours in self.columns:
+                values = {key: value[self.columns[ours]] for key, value in values.items()}
             if theirs.startswith("observation.image"):
                 values = {key: value.view(-1, 1, 1) / 255 for key, value in values.items()}
             table[theirs] = values
@@ -350,7 +359,7 @@ class LeRobotParts:
         require("safetensors.torch", EXTRA).save_model(twin, str(folder / WEIGHTS))
 
 
-def match_keys(settings: Any, spec: Spec, given: dict[str, str]) -> dict[str, str]:
+def match_keys(settings: Any, spec: Spec, given: dict[str, str], columns: dict[str, slice]) -> dict[str, str]:
     """Our observation keys to the policy's input features.
 
     `state` is `observation.state`, `image_<camera>` is `observation.images.<camera>`, `image` is `observation.image`
@@ -386,6 +395,8 @@ def match_keys(settings: Any, spec: Spec, given: dict[str, str]) -> dict[str, st
                 f"Fix: policy.keys={{<observation>: {name}}}"
             )
         shape = tuple(spec.obs[ours][0])
+        if ours in columns:
+            shape = (columns[ours].stop - columns[ours].start,)
         if item.type.value != "VISUAL" and shape != tuple(item.shape):
             raise ConfigError(
                 f"the policy's {name!r} has shape {tuple(item.shape)}, {ours!r} here has {shape}"

@@ -320,7 +320,7 @@ def test_recomputed_activations_give_the_same_gradients():
     obs, chunk, mask = observe(), draw(4, 4, 3), torch.ones(4, 4).bool()
     grads = []
     for recompute in (False, True):
-        policy = make(recompute=recompute).train()
+        policy = make(gradient_checkpointing=recompute).train()
         flat = Flat(policy)
         flat.backward(policy.bc_loss(obs, chunk, mask, torch.Generator().manual_seed(0)))
         grads.append(flat.grad)
@@ -343,15 +343,58 @@ def test_bfloat16_weights_keep_times_and_chunks_in_float32():
 
 
 @pytest.mark.parametrize(
-    ("freeze", "part"), [("vision", "encoder.vlm.vision_tower."), ("vlm", "encoder.vlm.")]
+    ("option", "part"), [("freeze_vision", "encoder.vlm.vision_tower."), ("freeze_vlm", "encoder.vlm.")]
 )
-def test_frozen_parts_are_not_trained(freeze, part):
-    policy = make(freeze=freeze)
+def test_frozen_parts_are_not_trained(option, part):
+    policy = make(**{option: True})
     fixed = {name for name, p in policy.named_parameters() if not p.requires_grad}
     assert fixed == {name for name, _ in policy.named_parameters() if name.startswith(part)}
     copy, flat = frozen_copy(policy)  # what averages of weights and frozen steps are made of
     assert len(flat.params) == len(list(policy.parameters())) - len(fixed)
     assert torch.equal(copy.encoder(observe()), policy.encoder(observe()))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapters_begin_at_nothing_and_are_merged_into_the_export(dtype, tmp_path):
+    policy = make(lora_rank=2, dtype=dtype)
+    obs, x, t = observe(), draw(4, 4, 3), torch.full((4,), 0.4)
+    with torch.no_grad():
+        plain = make(dtype=dtype)
+        tolerance = {"rtol": 0, "atol": 1e-6 if dtype == "float32" else 0.02}
+        torch.testing.assert_close(
+            policy.velocity(x, t, policy.encoder(obs)), plain.velocity(x, t, plain.encoder(obs)), **tolerance
+        )
+    trained = {name for name, p in policy.named_parameters() if p.requires_grad}
+    assert all(
+        ".lora_" in name or name.startswith(("net.embed_action", "net.action_out")) for name in trained
+    )
+    assert {p.dtype for p in policy.parameters() if p.requires_grad} == {torch.float32}
+    flat = Flat(policy)
+    flat.backward(policy.bc_loss(obs, x, torch.ones(4, 4).bool(), torch.Generator()))
+    assert flat.grad.norm() > 0
+    with torch.no_grad():
+        flat.data.add_(0.1 * draw(flat.data.numel()))
+        wanted = policy.velocity(x, t, policy.encoder(obs))
+        assert (wanted - plain.velocity(x, t, plain.encoder(obs))).abs().max() > 0.1
+    save_folder(tmp_path / "p", policy_files(policy))
+    with torch.no_grad():
+        loaded = load_policy(tmp_path / "p")
+        assert torch.equal(loaded.velocity(x, t, loaded.encoder(obs)), wanted)
+        if dtype == "float32":
+            theirs = policy.export().eval()(noise=x, timestep=1 - t, **released_inputs(policy, obs)).logits
+            torch.testing.assert_close(-theirs, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_columns_of_the_state():
+    policy = make(proprio=[1, 3])
+    obs = observe()
+    other = obs | {"state": obs["state"].clone()}
+    other["state"][:, [0, 4]] += 1.0
+    assert policy.net.layout.state == 3
+    assert torch.equal(policy.encoder(obs), policy.encoder(other))
+    blind = make(proprio=[])
+    assert blind.obs_keys == ["image", "instruction"]
+    assert blind.encoder(observe()).isfinite().all()
 
 
 def test_first_steps_can_be_left_to_a_frozen_copy():
@@ -460,7 +503,9 @@ def test_gemmas_special_tokens_get_the_names_that_prompts_ask_for():
     ("options", "message"),
     [
         ({"times": "cosine"}, "policy.times"),
-        ({"freeze": "language"}, "policy.freeze"),
+        ({"proprio": [2]}, r"policy.proprio=\[2\] must be"),
+        ({"proprio": [2, 9]}, r"must choose columns 0..4 of `state`"),
+        ({"lora_rank": 2, "lora_targets": ["no_proj"]}, r"policy.lora_targets=\['no_proj'\]"),
         ({"dtype": "float16"}, "policy.dtype"),
         ({"layers": 0}, r"policy.layers=0 must be at least 1"),
         ({"image_size": 20}, r"policy.image_size=20 must be a multiple of policy.patch=8"),
@@ -481,7 +526,7 @@ def test_bad_values_are_named(options, message):
 
 
 def test_a_tokenizer_too_large_for_the_model_is_refused(tiny):
-    config = FlowVLAConfig(**(asdict(tiny.config) | {"vocabulary": "", "text_tokens": 400}))
+    config = FlowVLAConfig(**(asdict(tiny.config) | {"tokenizer_json": "", "text_tokens": 400}))
     with pytest.raises(
         ConfigError, match=r"the tokenizer has 4\d\d tokens|the tokenizer has 3\d\d tokens, the model"
     ):

@@ -139,7 +139,7 @@ class PrefixEncoder(nn.Module):
         vlm: the model's `PaliGemmaModel`.
         prompts: from instructions to ids; None where none are observed.
         images: keys of cameras.
-        floats: keys of vectors, which together are the state.
+        floats: keys of vectors with the columns that are read; together they are the state.
         state_dim: size of the state the expert takes, zero-padded.
         shift: pixels of random shift when training, 0 = none.
         recompute: see `run_layers`.
@@ -150,7 +150,7 @@ class PrefixEncoder(nn.Module):
         vlm: Any,
         prompts: Prompts | None,
         images: Sequence[str],
-        floats: Sequence[str],
+        floats: dict[str, slice],
         state_dim: int,
         *,
         shift: int = 0,
@@ -159,7 +159,7 @@ class PrefixEncoder(nn.Module):
         super().__init__()
         self.vlm = vlm
         self.prompts = prompts
-        self.images, self.floats = list(images), list(floats)
+        self.images, self.floats = list(images), dict(floats)
         self.shift, self.recompute = shift, recompute
         vision, text = vlm.config.vision_config, vlm.config.text_config
         self.size = int(vision.image_size)
@@ -206,7 +206,7 @@ class PrefixEncoder(nn.Module):
             token_positions(valid),
             recompute=self.recompute and self.training,
         )
-        state = [obs[key].flatten(1) for key in self.floats]
+        state = [obs[key].flatten(1)[:, columns] for key, columns in self.floats.items()]
         rows = torch.cat(state, dim=1) if state else x.new_zeros(len(x), 0)
         rows = torch.nn.functional.pad(rows, (0, self.layout.state - rows.shape[1]))
         return self.layout.pack(pairs, valid, rows, hidden)
@@ -257,12 +257,12 @@ class ActionExpert(nn.Module):
 
     def forward(self, x: Tensor, cond: Tensor, t: Tensor) -> Tensor:
         """Velocity (B, H, A) in float32 at `x` (B, H, A) and time `t` (B,), given the packed prefix `cond` (B, D)."""
-        dtype = self.action_out_proj.weight.dtype
+        dtype, head = self.dit.dtype, self.action_out_proj.weight.dtype
         pairs, valid, state, _ = self.layout.unpack(cond.to(dtype))
         late = 1 - t
         rest = late[:, None, None] * self.padding
-        chunk = torch.cat([x, rest], dim=-1).to(dtype)
-        embedded = self.embed_action_time(state, chunk, late)
+        chunk = torch.cat([x, rest], dim=-1).to(head)
+        embedded = self.embed_action_time(state.to(head), chunk, late).to(dtype)
         count = embedded.shape[1]
         positions = valid.sum(1, keepdim=True) + torch.arange(count, device=x.device)
         hidden, _ = run_layers(
@@ -273,7 +273,7 @@ class ActionExpert(nn.Module):
             pairs,
             recompute=self.recompute and self.training,
         )
-        return -self.action_out_proj(hidden[:, 1:]).float()[..., : self.action_dim]
+        return -self.action_out_proj(hidden[:, 1:].to(head)).float()[..., : self.action_dim]
 
 
 def token_positions(valid: Tensor) -> Tensor:
