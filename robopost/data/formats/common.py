@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 Names = str | int | Sequence[str | int]  # the command line parses values as JSON, so that 3 comes as a number
 
+INSTRUCTION, INSTRUCTION_BYTES = "instruction", 64
+
 
 def as_names(value: Names) -> list[str]:
     """`"a,b"` or `["a", "b"]` as a list; empty means no choice was made."""
@@ -102,7 +104,24 @@ def declare(store: EpisodeStore) -> dict[str, Any]:
     Bounds are left out where one is infinite, which plain JSON can't say.
     """
     bounds = {"action_low": list(store.spec.action_low), "action_high": list(store.spec.action_high)}
-    return {"fps": store.fps, **(bounds if store.spec.bounded else {})}
+    told = {INSTRUCTION: True} if INSTRUCTION in store.spec.obs else {}
+    return {"fps": store.fps, **(bounds if store.spec.bounded else {}), **told}
+
+
+def instruction_rows(text: str, steps: int, where: str) -> np.ndarray:
+    """The observation `instruction` (steps, 64) uint8: UTF-8 of `text`, padded with zeros, in every row.
+
+    Raises:
+        DataError: the text is too long.
+    """
+    data = text.encode()
+    if len(data) > INSTRUCTION_BYTES:
+        raise DataError(
+            f"{where}: the task {text!r} takes {len(data)} bytes, an instruction has {INSTRUCTION_BYTES}. "
+            "Fix: instruction=no, or a shorter task"
+        )
+    row = np.frombuffer(data.ljust(INSTRUCTION_BYTES, b"\0"), np.uint8)
+    return np.tile(row, (steps, 1))
 
 
 def join_state(obs: Arrays, keys: Sequence[str]) -> Arrays:

@@ -13,11 +13,14 @@ import numpy as np
 from robopost.data.episode import Arrays, Episode, KeySpec, Problem
 from robopost.data.formats import EpisodeSource, Format
 from robopost.data.formats.common import (
+    INSTRUCTION,
+    INSTRUCTION_BYTES,
     Names,
     as_names,
     as_vectors,
     choose,
     declared,
+    instruction_rows,
     make_spec,
     obs_key,
     symmetric,
@@ -31,10 +34,12 @@ from robopost.data.formats.lerobot_meta import (
     camera_key,
     column,
     is_lerobot,
+    missing_text,
     read_json,
     read_meta,
     read_schema,
     read_table,
+    without_video,
 )
 from robopost.data.formats.lerobot_video import probe, read_frames, read_images
 from robopost.errors import DataError, unknown
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
 
 ALL, NONE = "all", "none"
 MISSING = ("error", "skip")
+TOLD = ("auto", "yes", "no")
 
 
 @FORMATS.register("lerobot")
@@ -76,6 +82,7 @@ class LeRobot(Format):
         keys: Names = "",
         episodes: Names = "",
         action_limit: float = 0.0,
+        instruction: str = "auto",
     ) -> EpisodeSource:
         """Open the dataset.
 
@@ -89,21 +96,27 @@ class LeRobot(Format):
             episodes: episode numbers to take, e.g. `"0:10"` or `"3,5,29"`. Default: all.
             action_limit: actions lie within plus and minus this; 0 = unbounded, or the bounds that an export of
                 ours has left beside the metadata (the format has none).
+            instruction: whether the task is an observation too, in every step: `yes`, `no`, or `auto`: where an
+                export of ours says that it was one.
         """
         if missing_video not in MISSING:
             raise unknown("missing_video", missing_video, MISSING, DataError)
+        if instruction not in TOLD:
+            raise unknown("instruction", instruction, TOLD, DataError)
+        ours = _json_file(path / OURS)
+        told = instruction == "yes" or (instruction == "auto" and bool(ours.get(INSTRUCTION)))
         meta = read_meta(path, video_dir)
         chosen = pick(meta.episodes, episodes)
         views = views_of(meta, cameras)
-        lacking = _without_video(chosen, views, meta)
+        lacking = without_video(chosen, views, meta)
         if lacking and missing_video == "error":
-            raise DataError(_missing_text(path, lacking, len(chosen)))
+            raise DataError(missing_text(path, lacking, len(chosen)))
         absent = {index for numbers in lacking.values() for index in numbers}
         chosen = [item for item in chosen if item.index not in absent]
         if not chosen:
-            raise DataError(_missing_text(path, lacking, len(absent)))
-        reader = _Reader(meta, views, _size(resize), keys)
-        _, low, high = declared(_json_file(path / OURS), reader.action_dim)
+            raise DataError(missing_text(path, lacking, len(absent)))
+        reader = _Reader(meta, views, _size(resize), keys, told)
+        _, low, high = declared(ours, reader.action_dim)
         if action_limit or low is None:
             low, high = symmetric(action_limit)
         return EpisodeSource(
@@ -121,6 +134,7 @@ class LeRobot(Format):
                 "episodes": as_names(episodes),
                 "skipped": sorted(absent),
                 "action_limit": action_limit,
+                "instruction": told,
             },
             metadata=_metadata(meta, reader.skipped),
         )
@@ -170,9 +184,9 @@ class _Reader:
     """Turns the files of an episode into an Episode."""
 
     def __init__(
-        self, meta: LeRobotMeta, views: dict[str, str], size: tuple[int, int] | None, keys: Names
+        self, meta: LeRobotMeta, views: dict[str, str], size: tuple[int, int] | None, keys: Names, told: bool
     ) -> None:
-        self.meta, self.views, self.size = meta, views, size
+        self.meta, self.views, self.size, self.told = meta, views, size, told
         if "action" not in meta.features:
             raise DataError(f"{meta.root} declares no 'action', only {', '.join(meta.features)}")
         self.action_dim = int(np.prod(meta.features["action"]["shape"]))
@@ -208,7 +222,7 @@ class _Reader:
                 facts = probe(first.videos[name].path)
                 height, width = facts["height"], facts["width"]
             spec[key] = ((height, width, 3), "uint8")
-        return spec
+        return spec | ({INSTRUCTION: ((INSTRUCTION_BYTES,), "uint8")} if self.told else {})
 
     def rows(self, files: EpisodeFiles) -> Any:
         """The episode's rows of its table (the last table stays in memory: v3 keeps many episodes in one)."""
@@ -258,6 +272,8 @@ class _Reader:
         texts = [self.meta.tasks.get(int(index), "") for index in dict.fromkeys(task.tolist())] or list(
             files.tasks
         )
+        if self.told:
+            obs[INSTRUCTION] = instruction_rows(texts[0] if texts else "", steps, where)
         done = bool(flags["next.done"][-1]) if "next.done" in flags else False
         cut = bool(flags["next.truncated"][-1]) if "next.truncated" in flags else not done
         extras: Arrays = {key: get(name, self.extras[key][0]) for key, name in self.more.items()}
@@ -354,29 +370,6 @@ def _size(resize: str) -> tuple[int, int] | None:
     if not match or min(int(match[1]), int(match[2])) < 1:
         raise DataError(f"resize={resize!r} must be HEIGHTxWIDTH, e.g. 96x128")
     return int(match[1]), int(match[2])
-
-
-def _without_video(
-    items: Sequence[EpisodeFiles], views: dict[str, str], meta: LeRobotMeta
-) -> dict[str, list[int]]:
-    """Camera key -> numbers of the episodes whose video file is absent."""
-    lacking = {
-        key: [item.index for item in items if not item.videos[name].path.is_file()]
-        for key, name in views.items()
-        if meta.is_video(name)
-    }
-    return {key: numbers for key, numbers in lacking.items() if numbers}
-
-
-def _missing_text(path: Path, lacking: dict[str, list[int]], count: int) -> str:
-    parts = []
-    for key, numbers in lacking.items():
-        listed = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
-        parts.append(f"{key} of {len(numbers)} of {count} episodes ({listed})")
-    return (
-        f"missing video in {path}: {'; '.join(parts)}. "
-        "Fix: missing_video=skip leaves these episodes out, cameras=none (or naming others) the video"
-    )
 
 
 def _metadata(meta: LeRobotMeta, skipped: list[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -262,3 +262,27 @@ def _jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError as error:
                 raise DataError(f"{path}, line {number} is torn ({error}). Fix: copy it again") from error
+
+
+def without_video(
+    items: Sequence[EpisodeFiles], views: dict[str, str], meta: LeRobotMeta
+) -> dict[str, list[int]]:
+    """Camera key -> numbers of the episodes whose video file is absent."""
+    lacking = {
+        key: [item.index for item in items if not item.videos[name].path.is_file()]
+        for key, name in views.items()
+        if meta.is_video(name)
+    }
+    return {key: numbers for key, numbers in lacking.items() if numbers}
+
+
+def missing_text(path: Path, lacking: dict[str, list[int]], count: int) -> str:
+    """What an error says about episodes `lacking` videos, of `count`."""
+    parts = []
+    for key, numbers in lacking.items():
+        listed = ", ".join(map(str, numbers[:10])) + (", ..." if len(numbers) > 10 else "")
+        parts.append(f"{key} of {len(numbers)} of {count} episodes ({listed})")
+    return (
+        f"missing video in {path}: {'; '.join(parts)}. "
+        "Fix: missing_video=skip leaves these episodes out, cameras=none (or naming others) the video"
+    )
