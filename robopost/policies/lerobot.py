@@ -16,24 +16,19 @@ from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError, unknown
 from robopost.nets.norm import Normaliser
 from robopost.policies.base import Policy
-from robopost.policies.chain import ChainConfig
+from robopost.policies.chain import ChainConfig, with_frozen
 from robopost.policies.flow_vla import TIMES, check_columns
-from robopost.policies.lerobot_parts import (
-    ACTION,
-    IMAGES,
-    PADDED,
-    STATE,
-    WEIGHTS,
-    LeRobotParts,
-    bundle,
-    collect,
-    find_folder,
-    read_config,
-    unbundle,
-)
+from robopost.policies.lerobot_files import WEIGHTS, bundle, collect, find_folder, read_config, unbundle
+from robopost.policies.lerobot_parts import ACTION, IMAGES, PADDED, STATE, LeRobotParts
 from robopost.registry import POLICIES
 
 STATISTICS = ("keep", "data")
+SMOLVLA = "encoder.policy.model"
+SMOLVLA_GROUPS = {
+    "vision": tuple(f"{SMOLVLA}.vlm_with_expert.vlm.model.{part}" for part in ("vision_model", "connector")),
+    "language": (f"{SMOLVLA}.vlm_with_expert.vlm.model.text_model", f"{SMOLVLA}.vlm_with_expert.vlm.lm_head"),
+    "action": (SMOLVLA,),  # the rest
+}
 
 
 @dataclass
@@ -107,6 +102,7 @@ def lerobot(config: LeRobotConfig, spec: Spec) -> Policy:
     return LeRobotPolicy(config, spec)
 
 
+lerobot.module_groups = with_frozen(SMOLVLA_GROUPS)  # type: ignore[attr-defined]
 lerobot.has_log_prob = False  # type: ignore[attr-defined]
 lerobot.bc_loss = True  # type: ignore[attr-defined]  # all of them have one
 

@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import copy
 import hashlib
 import io
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,131 +19,25 @@ from torch import Tensor, nn
 from robopost.data.batch import Obs, Spec
 from robopost.errors import CheckpointError, ConfigError, require
 from robopost.nets.encoder import INSTRUCTION
-from robopost.nets.vla.prompts import pack, unpack
 from robopost.policies.flow_vla import columns_of
+from robopost.policies.lerobot_files import (
+    BACKBONE,
+    CONFIG,
+    EXTRA,
+    POST,
+    PRE,
+    TOKENIZER,
+    WEIGHTS,
+    read_step,
+    unpacked,
+)
 
 if TYPE_CHECKING:
     from robopost.policies.lerobot import LeRobotConfig
 
-EXTRA = "lerobot"
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
-PRE, POST = "policy_preprocessor.json", "policy_postprocessor.json"
-BACKBONE, TOKENIZER = "vlm", "tokenizer"  # folders for what a policy would fetch by name
 ACTION, STATE, IMAGES, PADDED = "action", "observation.state", "observation.images", "action_is_pad"
 NEEDS = {"MEAN_STD": ("mean", "std"), "MIN_MAX": ("min", "max"), "QUANTILES": ("q01", "q99")}
 NEEDS |= {"QUANTILE10": ("q10", "q90")}
-
-
-def find_folder(path: str, *, whole: bool = True) -> Path:
-    """A local folder with a LeRobot policy; a hub id is fetched into the hub's cache.
-
-    Args:
-        path: folder or hub id.
-        whole: weights too, not only JSON.
-
-    Raises:
-        CheckpointError: neither.
-    """
-    if (Path(path) / CONFIG).is_file():
-        return Path(path)
-    if Path(path).exists() or path.count("/") != 1:
-        raise CheckpointError(f"policy.path={path} is no LeRobot policy: {CONFIG} is missing")
-    hub = require("huggingface_hub", EXTRA)
-    patterns = ["*.json", "*.safetensors"] if whole else [CONFIG]
-    try:
-        return Path(hub.snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # of the network, the hub, the cache
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise CheckpointError(f"policy.path={path}: no such folder, and the hub says: {reason}") from error
-
-
-def read_config(path: str, bundle: str) -> dict[str, Any]:
-    """The LeRobot config of the policy at `path`, or in `bundle`."""
-    text = (find_folder(path, whole=False) / CONFIG).read_bytes() if path else unbundle(bundle)[CONFIG]
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(
-            f"{path or 'the stored policy'}: {CONFIG} is not valid JSON: {error}"
-        ) from error
-    if not isinstance(config, dict) or "type" not in config or "output_features" not in config:
-        raise CheckpointError(f"{path or 'the stored policy'}: {CONFIG} is not LeRobot's, it names no type")
-    return config
-
-
-def bundle(files: dict[str, bytes]) -> str:
-    """Files by name, as letters and digits for a config."""
-    return pack(json.dumps({name: base64.b64encode(data).decode() for name, data in sorted(files.items())}))
-
-
-def unbundle(text: str) -> dict[str, bytes]:
-    """Undo `bundle`."""
-    return {name: base64.b64decode(data) for name, data in json.loads(unpack(text)).items()}
-
-
-@contextlib.contextmanager
-def unpacked(files: dict[str, bytes]) -> Iterator[Path]:
-    """A temporary folder that holds `files`."""
-    with tempfile.TemporaryDirectory(prefix="robopost-lerobot-") as name:
-        root = Path(name)
-        for inner, data in files.items():
-            target = root / inner
-            if not target.resolve().is_relative_to(root.resolve()):
-                raise CheckpointError(f"the stored policy has a file {inner!r} outside its folder")
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(data)
-        yield root
-
-
-def collect(folder: Path) -> dict[str, bytes]:
-    """Everything of the policy in `folder` but its weights: also what its config only names (a VLM, a tokenizer).
-
-    Raises:
-        CheckpointError: no processors, or the named parts can't be had.
-    """
-    for name in (PRE, POST):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"{folder} has no {name}: it is older than lerobot 0.4. Fix: migrate it with lerobot's "
-                "migrate_policy_normalization script"
-            )
-    kept = [path for path in folder.iterdir() if path.suffix == ".json" or path.name.startswith("policy_p")]
-    files = {
-        path.name: path.read_bytes() for path in kept if path.is_file() and path.name != "train_config.json"
-    }
-    config = json.loads(files[CONFIG])
-    backbone = config.get("vlm_model_name")
-    words = _step(files[PRE], "tokenizer_processor")
-    named: list[tuple[str, Any, tuple[str, ...]]] = (
-        [(BACKBONE, backbone, ("AutoConfig", "AutoProcessor"))] if backbone else []
-    )
-    if words is not None and words["tokenizer_name"] != backbone:
-        named.append((TOKENIZER, words["tokenizer_name"], ("AutoTokenizer",)))
-    for inner, name, kinds in named:
-        local = folder / inner if (folder / inner).is_dir() else name
-        files |= _named_parts(inner, str(local), kinds)
-    return files
-
-
-def _named_parts(inner: str, name: str, kinds: Sequence[str]) -> dict[str, bytes]:
-    transformers = require("transformers", EXTRA)
-    with tempfile.TemporaryDirectory(prefix="robopost-lerobot-") as out:
-        try:
-            for kind in kinds:
-                getattr(transformers, kind).from_pretrained(name).save_pretrained(out)
-        except Exception as error:  # of the hub, the network, the files
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
-            raise CheckpointError(f"the policy is built on {name}, which can't be read: {reason}") from error
-        found = [path for path in Path(out).rglob("*") if path.is_file() and path.suffix != ".safetensors"]
-        return {f"{inner}/{path.relative_to(out)}": path.read_bytes() for path in found}
-
-
-def _step(processor: bytes, name: str) -> dict[str, Any] | None:
-    """Config of the step `name` of a processor's JSON."""
-    for step in json.loads(processor)["steps"]:
-        if step.get("registry_name") == name:
-            return step["config"]
-    return None
 
 
 class LeRobotParts:
@@ -173,13 +66,15 @@ class LeRobotParts:
             if name is not None:
                 self.settings.vlm_model_name = name
             before: dict[str, dict[str, Any]] = {}
-            if _step(files[PRE], "device_processor") is not None:
+            if read_step(files[PRE], "device_processor") is not None:
                 before["device_processor"] = {"device": "cpu"}
-            if _step(files[PRE], "tokenizer_processor") is not None:
+            if read_step(files[PRE], "tokenizer_processor") is not None:
                 local = folder / TOKENIZER if (folder / TOKENIZER).is_dir() else folder / BACKBONE
                 # Always as many tokens: what is cached of a prefix has one size.
                 before["tokenizer_processor"] = {"tokenizer_name": str(local), "padding": "max_length"}
-            after = {"device_processor": {"device": "cpu"}} if _step(files[POST], "device_processor") else {}
+            after = (
+                {"device_processor": {"device": "cpu"}} if read_step(files[POST], "device_processor") else {}
+            )
             self.pre, self.post = factory.make_pre_post_processors(
                 self.settings, str(folder), preprocessor_overrides=before, postprocessor_overrides=after
             )
@@ -320,7 +215,7 @@ class LeRobotParts:
                 processor.save_pretrained(out)
             fresh = {path.name: path.read_bytes() for path in Path(out).iterdir()}
         kept = {name: data for name, data in self.files.items() if name not in old}
-        named = _step(self.files[PRE], "tokenizer_processor")
+        named = read_step(self.files[PRE], "tokenizer_processor")
         self.files = kept | fresh
         if named is not None:  # the name it had, not the folder it was read from
             plain = json.loads(self.files[PRE])

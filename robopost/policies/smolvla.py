@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,21 +13,13 @@ from robopost.data.batch import Obs, Spec
 from robopost.errors import ConfigError, require
 from robopost.nets.vla.pi0 import PAD_SEED
 from robopost.nets.vla.prefix import PrefixLayout
-from robopost.policies.chain import with_frozen
 from robopost.policies.flow import TimeGrid
 from robopost.policies.flow_vla import PrefixFlow
 from robopost.policies.lerobot import LeRobotConfig, LeRobotNormaliser, open_parts
-from robopost.policies.lerobot_parts import EXTRA, LeRobotParts
+from robopost.policies.lerobot_files import EXTRA
+from robopost.policies.lerobot_parts import LeRobotParts
 
 WORDS, WORDS_MASK = "observation.language.tokens", "observation.language.attention_mask"
-
-
-_MODEL = "encoder.policy.model"
-SMOLVLA_GROUPS = {
-    "vision": tuple(f"{_MODEL}.vlm_with_expert.vlm.model.{part}" for part in ("vision_model", "connector")),
-    "language": (f"{_MODEL}.vlm_with_expert.vlm.model.text_model", f"{_MODEL}.vlm_with_expert.vlm.lm_head"),
-    "action": (_MODEL,),  # the rest
-}
 
 
 class SmolPrefix(nn.Module):
@@ -136,7 +128,6 @@ class SmolVLA(PrefixFlow):
 
     registry_name = "lerobot"
     capturable = False
-    module_groups: ClassVar[dict[str, tuple[str, ...]]] = with_frozen(SMOLVLA_GROUPS)
     config: LeRobotConfig
     encoder: SmolPrefix
     net: SmolExpert

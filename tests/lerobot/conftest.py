@@ -19,7 +19,7 @@ collect_ignore_glob = [] if INSTALLED else ["test_*.py"]
 if INSTALLED:
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("SVT_LOG", "1")  # errors only
-    sys.path.insert(0, str(HERE.parents[1]))
+    sys.path[:0] = [str(HERE.parents[1]), str(HERE.parents[1] / "envs"), str(HERE)]
     _spec = importlib.util.spec_from_file_location("declare_operators", SITE / "sitecustomize.py")
     _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
