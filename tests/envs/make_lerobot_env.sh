@@ -48,7 +48,7 @@ if ! ready "$env"; then
   pip install --no-deps -r "$pins"
   say "4/4 check"
   PYTHONPATH="$root/tests/lerobot/site" HF_HUB_OFFLINE=1 "$env/bin/python" -c \
-    'from lerobot.datasets.lerobot_dataset import LeRobotDataset' || die "lerobot does not import"
+    'import lerobot.policies.factory; from lerobot.datasets.lerobot_dataset import LeRobotDataset' || die "lerobot does not import"
   printf '%s\n' "$hash" > "$env/.pins"
 fi
 if [ "$env" != "$link" ]; then
