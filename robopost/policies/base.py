@@ -133,6 +133,10 @@ class Policy(nn.Module, ABC):
         self, obs: Obs, *, generator: torch.Generator | None = None, deterministic: bool = False
     ) -> Action:
         """Raw observations (B, ...) on the policy's device to an `Action` in environment units."""
+        if len(self.obs_keys) < len(self.spec.obs):
+            # What it doesn't read may have another shape here than where it was trained.
+            known = self.spec.obs
+            obs = {key: value for key, value in obs.items() if key in self.obs_keys or key not in known}
         chunk, log_prob, chain = self.sample(
             self.normaliser.obs(obs), generator=generator, deterministic=deterministic
         )

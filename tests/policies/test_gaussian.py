@@ -145,3 +145,13 @@ def test_deterministic_policy_squashes_and_scores_squared_error():
     torch.testing.assert_close(policy.bc_loss(obs, target, mask, None), expected)
     with pytest.raises(ConfigError, match="no log-probability"):
         policy.log_prob(obs, chunk)
+
+
+def test_an_observation_it_does_not_read_may_have_another_shape():
+    spec = Spec({"state": ((3,), "float32"), "other": ((5,), "float32")}, 2, (-1.0, -1.0), (1.0, 1.0))
+    policy = Gaussian(GaussianConfig(obs_keys=["state"]), spec)
+    state = torch.randn(4, 3)
+    seen = policy.act({"state": state, "other": torch.zeros(4, 5)}, deterministic=True).chunk
+    assert torch.equal(
+        policy.act({"state": state, "other": torch.zeros(4, 7)}, deterministic=True).chunk, seen
+    )
