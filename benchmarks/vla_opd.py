@@ -25,11 +25,10 @@ import shutil
 import numpy as np
 import torch
 from sides.bases import QUIET
-from sides.vla_tasks import ENV, RUNS, backbone, clone, demos, score
+from sides.vla_tasks import ENV, RUNS, backbone, clone, demos, figure, score, shown
 
 from robopost.bench import Bench
 from robopost.compose import compose
-from robopost.evaluate.statistics import t_interval
 from robopost.loops import train
 
 SUITE = "vla"
@@ -48,7 +47,7 @@ METHODS = {
     "grpo": ["algo=grpo", "algo.group=8", "env.reward=sparse"],
     "sft": ["algo=bc"],
 }
-RATES = (1e-4, 3e-4, 1e-3)  # that every method tries in the sweep
+RATES = (3e-5, 1e-4, 3e-4, 1e-3)  # that every method tries in the sweep
 SWEEP_SEED = 50
 
 
@@ -196,16 +195,6 @@ def means(cells, seeds, method, key):
     return [float(np.mean(cell[key])) for cell in found if cell]
 
 
-def shown(values, seeds):
-    """Mean and interval for a table; empty where a seed is missing."""
-    if len(values) < len(seeds):
-        return ""
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f} %"
-    found = t_interval(values)
-    return f"{100 * found.value:.1f} % [{100 * max(0, found.low):.1f}, {100 * min(1, found.high):.1f}]"
-
-
 def report(bench, cells, seeds):
     """Tables, figures and the plot."""
     new, old = ({m: means(cells, seeds, m, key) for m in ("student", *METHODS)} for key in ("new", "old"))
@@ -247,33 +236,38 @@ def report(bench, cells, seeds):
         caption="Success on the new task after a quarter of the episodes, by learning rate (a seed of its own).",
     )
 
-    def figure(name, values, target, note, better="higher"):
-        whole = len(values) == len(seeds)
-        found = t_interval(values) if whole and len(values) > 1 else None
-        bench.figure(
-            name,
-            float(np.mean(values)) if whole else None,
-            interval=(found.low, found.high) if found else None,
-            unit="fraction",
-            target=target,
-            better=better,
-            note=f"{note}; {len(seeds)} seeds, 95 % t interval",
-        )
-
     top = float(np.mean(expert["new"])) if expert else math.nan
     less = lambda a, b: [x - y for x, y in zip(a, b, strict=False)]  # noqa: E731
-    figure("opd_share_of_teacher_success", [value / top for value in new["exact"]], 0.9, "exact reverse KL")
     figure(
+        bench,
+        "opd_share_of_teacher_success",
+        [value / top for value in new["exact"]],
+        seeds,
+        0.9,
+        "exact reverse KL",
+    )
+    figure(
+        bench,
         "opd_success_minus_grpo_equal_rollouts",
         less(new["exact"], new["grpo"]),
+        seeds,
         0.1,
         "success on the new task",
     )
     figure(
+        bench,
         "opd_forgetting_minus_sft",
         less(old["sft"], old["exact"]),
+        seeds,
         -0.05,
         "drop on the old tasks, distillation's minus that of SFT on as many episodes of the teacher",
         better="lower",
     )
-    figure("opd_exact_minus_sampled", less(new["exact"], new["sampled"]), 0.0, "success on the new task")
+    figure(
+        bench,
+        "opd_exact_minus_sampled",
+        less(new["exact"], new["sampled"]),
+        seeds,
+        0.0,
+        "success on the new task",
+    )

@@ -20,10 +20,9 @@ import functools
 
 import numpy as np
 import torch
-from sides.vla_tasks import FOLDER, backbone, clone, demos, score
+from sides.vla_tasks import FOLDER, backbone, clone, demos, figure, score, shown
 
 from robopost.bench import Bench
-from robopost.evaluate.statistics import t_interval
 from robopost.merging.config import MergeConfig
 from robopost.merging.merge import merge
 
@@ -163,16 +162,6 @@ def best_alpha(cells, modules, alphas, seeds):
     return max(found, key=found.__getitem__)
 
 
-def shown(values, seeds):
-    """Mean and interval for a table; empty where a seed is missing."""
-    if len(values) < len(seeds):
-        return ""
-    if len(values) == 1:
-        return f"{100 * values[0]:.1f} %"
-    found = t_interval(values)
-    return f"{100 * found.value:.1f} % [{100 * max(0, found.low):.1f}, {100 * min(1, found.high):.1f}]"
-
-
 def report(bench, cells, alphas, seeds, chosen):
     """Tables and figures."""
 
@@ -206,18 +195,6 @@ def report(bench, cells, alphas, seeds, chosen):
     ]
     bench.table("continual", rows, caption="After three skills learnt one after another: success on each.")
 
-    def figure(name, found, target, note):
-        whole = len(found) == len(seeds)
-        interval = t_interval(found) if whole and len(found) > 1 else None
-        bench.figure(
-            name,
-            float(np.mean(found)) if whole else None,
-            interval=(interval.low, interval.high) if interval else None,
-            unit="fraction",
-            target=target,
-            note=f"{note}; {len(seeds)} seeds, 95 % t interval",
-        )
-
     key = f"merge/all/{chosen:g}" if chosen is not None else ""
     best = [
         max(pair)
@@ -228,14 +205,18 @@ def report(bench, cells, alphas, seeds, chosen):
         )
     ]
     figure(
+        bench,
         "merge_variation_minus_best_parent",
         [a - b for a, b in zip(values(key, "variation"), best, strict=False)],
+        seeds,
         0.0,
         f"alpha {chosen}, success on the variation minus the better parent's",
     )
     figure(
+        bench,
         "merge_old_skill_retained",
         [a / b for a, b in zip(values(key, "old"), values("parents", "pretrained", "old"), strict=False)],
+        seeds,
         0.95,
         f"alpha {chosen}, merged / pretrained success on old tasks",
     )

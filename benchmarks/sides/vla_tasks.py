@@ -4,13 +4,16 @@
 import shutil
 from pathlib import Path
 
+import numpy as np
 from sides.bases import QUIET, ROOT, locked
 from sides.vla_backbone import backbone_errors, make_backbone
 
 from robopost.artefacts.checkpoint import LATEST, load_policy
+from robopost.bench import Bench
 from robopost.collect import collect
 from robopost.compose import compose
 from robopost.evaluate.rollout import evaluate
+from robopost.evaluate.statistics import t_interval
 from robopost.loops import train
 from robopost.results import params_hash
 
@@ -91,3 +94,30 @@ def score(policy, words: list[str], episodes: int, offset: int = 0) -> list[floa
     result = evaluate(policy, env, episodes=episodes, seed=EVAL_SEED + offset)
     assert result.successes is not None
     return [float(value) for value in result.successes]
+
+
+def shown(values: list[float], seeds: list[int]) -> str:
+    """Mean and interval of successes, one per seed, for a table; empty where a seed is missing."""
+    if len(values) < len(seeds):
+        return ""
+    if len(values) == 1:
+        return f"{100 * values[0]:.1f} %"
+    found = t_interval(values)
+    return f"{100 * found.value:.1f} % [{100 * max(0, found.low):.1f}, {100 * min(1, found.high):.1f}]"
+
+
+def figure(
+    bench: Bench, name: str, values: list[float], seeds: list[int], target: float, note: str, **more: str
+) -> None:
+    """A figure with one value per seed; empty where a seed is missing."""
+    whole = len(values) == len(seeds)
+    found = t_interval(values) if whole and len(values) > 1 else None
+    bench.figure(
+        name,
+        float(np.mean(values)) if whole else None,
+        interval=(found.low, found.high) if found else None,
+        unit="fraction",
+        target=target,
+        note=f"{note}; {len(seeds)} seeds, 95 % t interval",
+        **more,
+    )
