@@ -60,7 +60,7 @@ def student(seed, size):
     old = demos("old", OLD, size["old_demos"], seed)
     first = clone("old", start, old, size["old_updates"], seed)
     few = demos("few", BOTH, size["few_demos"], seed)
-    return clone("student", first, few, size["few_updates"], seed, "algo.lr=5e-4")
+    return clone("student", first, few, size["few_updates"], seed)
 
 
 def teacher(size):
@@ -159,8 +159,8 @@ def run(bench: Bench) -> None:
         "backbone": bench.scale(smoke=(5, 5, 100), small=(1500, 3500, 1500), paper=(3000, 10_000, 5000)),
         "old_demos": bench.scale(smoke=10, small=400, paper=2000),
         "old_updates": bench.scale(smoke=3, small=800, paper=4000),
-        "few_demos": bench.scale(smoke=10, small=100, paper=100),
-        "few_updates": bench.scale(smoke=3, small=400, paper=400),
+        "few_demos": bench.scale(smoke=10, small=400, paper=400),
+        "few_updates": bench.scale(smoke=3, small=1200, paper=1200),
         "teacher_demos": bench.scale(smoke=10, small=1500, paper=10_000),
         "teacher_updates": bench.scale(smoke=3, small=2500, paper=10_000),
         "episodes": bench.scale(smoke=64, small=768, paper=6144),
