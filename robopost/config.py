@@ -161,6 +161,7 @@ class AccelConfig:
 
     mode: str = "auto"  # auto | eager | compile | cudagraph. auto = cudagraph on a GPU, eager on CPU
     threads: int = 0  # CPU threads of torch, 0 = torch's own choice
+    fsdp: bool = False  # spread weights, gradients and optimiser state over the processes of torchrun
     stack_seeds: str = "auto"  # train all of `seeds` at once: auto (where it is faster) | on | off
 
 

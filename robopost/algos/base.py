@@ -15,6 +15,7 @@ from robopost.accel import CudaGraph, accelerate
 from robopost.data.batch import Batch, Spec
 from robopost.data.dataset import Dataset
 from robopost.errors import CheckpointError, ConfigError
+from robopost.nets.flat import whole
 from robopost.policies.base import Action, Policy
 
 Metrics = dict[str, Tensor]
@@ -74,6 +75,8 @@ class Algorithm(ABC):
     stackable: ClassVar[bool] = (
         True  # False where `update` can't run under torch.vmap, see `robopost.algos.stack`
     )
+    # Methods of the policy that losses are computed by where it is sharded (accel.fsdp); empty = it can't be.
+    sharded_by: ClassVar[tuple[str, ...]] = ()
     discrete: ClassVar[bool] = False  # True where it also learns in environments with discrete actions
     can_go_online: ClassVar[bool] = (
         False  # offline algorithms that may go on in an environment, see `begin_online`
@@ -170,7 +173,8 @@ class Algorithm(ABC):
         plain: dict[str, Any] = {"updates": self.updates, "online": self.online}
         for name, value in sorted(vars(self).items()):
             if isinstance(value, nn.Module):
-                tensors |= {f"{name}/{key}": tensor.detach() for key, tensor in value.state_dict().items()}
+                found = value.state_dict()
+                tensors |= {f"{name}/{key}": whole(tensor.detach()) for key, tensor in found.items()}
             elif isinstance(value, torch.optim.Optimizer):
                 state = value.state_dict()
                 for index, slots in state["state"].items():
@@ -221,7 +225,12 @@ def _copy_into(target: Tensor, name: str, tensors: dict[str, Tensor]) -> None:
         raise CheckpointError(
             f"checkpoint has {name!r} of shape {tuple(source.shape)}, here it is {tuple(target.shape)}"
         )
-    target.copy_(source)
+    if hasattr(target, "full_tensor"):
+        from robopost.nets.sharded import copy_into
+
+        copy_into(target, source)
+    else:
+        target.copy_(source)
 
 
 def _load_optimizer(

@@ -39,6 +39,7 @@ RESUMABLE = (
     "track.",
     "device",
     "accel.stack_seeds",
+    "accel.fsdp",
 )
 # What only the online phase uses, of an offline run that has none yet.
 BEFORE_ONLINE = ("loop.online_sampling", "loop.buffer_size", "env.num_envs")
@@ -134,6 +135,7 @@ def _stored(run: Path) -> tuple[TrainConfig, int]:
 def _run(config: TrainConfig, command: str) -> int:
     from robopost.collect import ensure_data
     from robopost.loops import default_folder, train
+    from robopost.loops.ranks import join
 
     setup_logging()
     for name in ("algo", "policy"):
@@ -141,17 +143,22 @@ def _run(config: TrainConfig, command: str) -> int:
             raise ConfigError(
                 f"{name} is not chosen. Fix: add {name}=<name>; `robopost train --help` lists them"
             )
-    if not config.out:
-        config = replace(config, out=str(default_folder(config)))
-    try:
-        # A folder that holds a run is refused by `train`, before anything is written into it.
-        if config.data.collect and not (Path(config.out) / "config.json").exists():
-            with progress_bar("recording demonstrations", config.data.collect) as update:
-                config = ensure_data(config, Path(config.out), update)
-        folder = train(config, command)
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"resume with: robopost train resume={shlex.quote(config.out)}") from None
-    _print_summary(folder)
+    with join(config) as ranks:
+        if not config.out:
+            config = replace(config, out=ranks.agree(str(default_folder(config))))
+        try:
+            # A folder that holds a run is refused by `train`, before anything is written into it.
+            if config.data.collect and not (Path(config.out) / "config.json").exists():
+                with (
+                    ranks.first_alone(),
+                    progress_bar("recording demonstrations", config.data.collect) as update,
+                ):
+                    config = ensure_data(config, Path(config.out), update)
+            folder = train(config, command)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"resume with: robopost train resume={shlex.quote(config.out)}") from None
+        if ranks.first:
+            _print_summary(folder)
     return 0
 
 

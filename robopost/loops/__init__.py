@@ -14,6 +14,7 @@ from robopost.errors import ConfigError
 from robopost.loops.offline import check_online, run_offline
 from robopost.loops.offpolicy import run_offpolicy
 from robopost.loops.onpolicy import run_onpolicy
+from robopost.loops.ranks import Ranks, join
 from robopost.loops.run import Run, with_seed
 from robopost.loops.stacked import train_stacked
 from robopost.registry import ALGOS
@@ -42,10 +43,16 @@ def train(config: TrainConfig, command: str = "") -> Path:
         )
     if config.seeds < 1:
         raise ConfigError(f"seeds={config.seeds} must be at least 1")
+    with join(config) as ranks:
+        return _train(config, command, ranks)
+
+
+def _train(config: TrainConfig, command: str, ranks: Ranks) -> Path:
+    assert config.algo is not None
     configure(config.accel)
     if config.resume and not Path(config.resume).is_dir():
         raise ConfigError(f"resume={config.resume!r} is not a run folder")
-    folder = Path(config.resume or config.out or default_folder(config))
+    folder = Path(ranks.agree(config.resume or config.out or str(default_folder(config))))
     if not config.resume and holds_run(folder):
         raise ConfigError(
             f"out={folder} already holds a run. Fix: resume={folder} to go on with it, or another out="
@@ -56,13 +63,16 @@ def train(config: TrainConfig, command: str = "") -> Path:
         )
     if config.loop.online_steps:
         check_online(config)
+    ranks.wait()  # before one of them makes the folder a run
     # algo.needs may depend on the built algorithm; the regime doesn't, and picks the loop before anything is built.
     loop = LOOPS[ALGOS.get(config.algo.name).target.regime]
     seeds = range(config.seed, config.seed + config.seeds)
 
     def new_run(seed: int) -> Run:
         place = folder / f"seed_{seed}" if config.seeds > 1 else folder
-        return Run(replace(with_seed(config, seed), out=str(place)), place, command, config.seeds)
+        return Run(
+            replace(with_seed(config, seed), out=str(place)), place, command, config.seeds, ranks=ranks
+        )
 
     if train_stacked([new_run(seed) for seed in seeds]) and not config.loop.online_steps:
         return folder

@@ -53,7 +53,8 @@ def load(run: Run) -> Dataset:
             f"algo={config.algo.name} learns from recorded data and data.path is empty. "
             "Fix: data.path=<store or dataset file>; make one with `robopost collect`"
         )
-    return Dataset.load(config.data, device=run.device)
+    with run.ranks.first_alone():  # it may have to import the data into a store
+        return Dataset.load(config.data, device=run.device)
 
 
 def begin(run: Run, dataset: Dataset) -> tuple[Algorithm, dict[str, Any] | None]:
@@ -81,7 +82,8 @@ def learn(run: Run, algo: Algorithm, dataset: Dataset, until: int) -> None:
     """Updates from `dataset`, in normalised units, until `run.step` is `until`."""
     needs, generator = algo.needs, run.generators["data"]
     for step in range(run.step + 1, until + 1):
-        steps = dataset.draw(needs.batch_size, generator, chunks=needs.chunks)
+        steps = run.ranks.mine(dataset.draw(needs.batch_size, generator, chunks=needs.chunks))
+        run.ranks.reseed(algo.generator, run.config.seed, step)
         run.record(algo.update(batch_at(dataset, algo, steps)))
         run.after(step, algo, lambda: loop_state(dataset))
 

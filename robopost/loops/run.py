@@ -5,14 +5,10 @@ from __future__ import annotations
 
 import json
 import logging
-import platform
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +22,10 @@ from robopost.compose import to_dict
 from robopost.config import TrainConfig
 from robopost.data.batch import Spec
 from robopost.errors import CheckpointError, ConfigError, RobopostError
+from robopost.loops.provenance import provenance
+from robopost.loops.ranks import ALONE, Ranks, check_batch
 from robopost.policies.base import Policy, build_policy
-from robopost.registry import ALGOS, POLICIES
+from robopost.registry import ALGOS
 from robopost.track import make_tracker
 
 log = logging.getLogger(__name__)
@@ -64,11 +62,12 @@ class Run:
     command: str = ""
     seeds: int = 1
     quiet: bool = False  # without the console tracker: one of several runs that train at once
+    ranks: Ranks = ALONE  # the processes that train it
     device: torch.device = field(init=False)
     generators: dict[str, torch.Generator] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.device = resolve_device(self.config.device)
+        self.device = self.ranks.device or resolve_device(self.config.device)
         self.generators = {}
         for index, name in enumerate(STREAMS):
             self.generators[name] = torch.Generator(device=self.device)
@@ -105,10 +104,15 @@ class Run:
             policy.normaliser.fit(
                 stats, obs=config.policy.normalise_obs, action=config.policy.normalise_action, source=source
             )
+        if config.accel.fsdp:
+            from robopost.nets.sharded import shard  # takes seconds to import
+
+            shard(policy, entry.target.sharded_by)
         algo: Algorithm = entry.target(
             config.algo, policy, policy.spec, device=self.device, generator=self.generators["algo"]
         )
-        algo.accelerate(config.accel.mode)
+        algo.accelerate("eager" if config.accel.fsdp else config.accel.mode)
+        check_batch(self.ranks, algo.needs.batch_size)
         size = sum(parameter.numel() for parameter in policy.parameters())
         log.info(
             "%s on %s: policy %s, %.2fM parameters", entry.name, self.device, config.policy.name, size / 1e6
@@ -124,6 +128,8 @@ class Run:
         checkpoint = latest(self.folder) if self.folder.exists() else None
         # First of all: where the checkpoint doesn't fit, its run keeps its own description.
         state = self._restore(algo, checkpoint) if checkpoint is not None else None
+        if not self.ranks.first:
+            return state
         if checkpoint is None:
             self._kept = set(self.folder.iterdir()) if self.folder.exists() else None
             self._discardable = True
@@ -131,6 +137,7 @@ class Run:
         (self.folder / "eval").mkdir(exist_ok=True)
         plain = to_dict(self.config)
         described = provenance(self.config, self.command, algo.policy) | {"seeds": self.seeds}
+        described |= {"processes": self.ranks.size} if self.config.accel.fsdp else {}
         _write_json(self.folder / "provenance.json", described)
         _write_json(self.folder / "config.json", plain)  # last: it makes the folder a run
         track = replace(self.config.track, console=False) if self.quiet else self.config.track
@@ -205,7 +212,8 @@ class Run:
     def _log(self, step: int) -> None:
         keys = sorted(self._sums)
         # One transfer for all metrics instead of one sync per value.
-        values = torch.stack([self._sums[key].float().reshape(()) for key in keys]).tolist() if keys else []
+        sums = [self._sums[key].float().reshape(()) for key in keys]
+        values = self.ranks.mean(torch.stack(sums)).tolist() if keys else []
         line = {key: value / self._counts[key] for key, value in zip(keys, values, strict=True)}
         for key, value in line.items():
             if not np.isfinite(value):
@@ -219,17 +227,33 @@ class Run:
         line |= {"time/steps_per_s": done / max(seconds, 1e-9)} | self._timers
         if self._updates:
             line["time/updates_per_s"] = self._updates / max(seconds, 1e-9)
-        self.tracker.log(step, line)
+        if self.ranks.first:
+            self.tracker.log(step, line)
         self._sums, self._counts, self._updates, self._episodes, self._timers = {}, {}, 0, {}, {}
         self._mark, self._marked_step = time.perf_counter(), step
 
     def evaluate(self, algo: Algorithm, step: int) -> None:
         """Evaluate the exported policy, log `eval/...` and save `eval/step_<step>.json`."""
+        policy = self._exported(algo)
+        try:
+            if policy is not None:
+                self._evaluate(policy, step)
+        finally:
+            self.ranks.wait()
+
+    def _exported(self, algo: Algorithm) -> Policy | None:
+        """The policy to evaluate or save; where it is spread over processes a whole copy, None but in the first."""
+        if not self.config.accel.fsdp:
+            return algo.export_policy()
+        from robopost.nets.sharded import gathered
+
+        return gathered(algo.export_policy())
+
+    def _evaluate(self, policy: Policy, step: int) -> None:
         from robopost.evaluate.rollout import evaluate
 
         loop, track = self.config.loop, self.config.track
         began = time.perf_counter()
-        policy = algo.export_policy()
         training = policy.training
         policy.eval()
         video = self.folder / "videos" / f"step_{step:09d}.mp4" if track.video_episodes else None
@@ -268,9 +292,22 @@ class Run:
 
     def checkpoint(
         self, algo: Algorithm, step: int, extra_state: Callable[[], tuple[Files, dict[str, Any]]] | None
-    ) -> Path:
+    ) -> None:
         """Write a whole checkpoint of this moment."""
-        state = algo.state_dict()
+        state, policy = algo.state_dict(), self._exported(algo)
+        try:
+            if policy is not None:
+                self._save(state, policy, step, extra_state)
+        finally:
+            self.ranks.wait()
+
+    def _save(
+        self,
+        state: dict[str, Any],
+        policy: Policy,
+        step: int,
+        extra_state: Callable[[], tuple[Files, dict[str, Any]]] | None,
+    ) -> None:
         files, loop_state = extra_state() if extra_state is not None else ({}, {})
         streams = {f"rng/{name}": generator.get_state() for name, generator in self.generators.items()}
         streams["rng/torch"] = torch.get_rng_state()
@@ -282,11 +319,11 @@ class Run:
             "algorithm": state["json"],
             "loop": loop_state,
         }
-        return save_checkpoint(
+        save_checkpoint(
             self.folder,
             step,
             {"model.safetensors": state["tensors"] | streams, "state.json": plain} | files,
-            policy=algo.export_policy(),
+            policy=policy,
             keep=self.config.loop.keep_checkpoints,
             spare=self.config.loop.steps,  # the offline result outlives the online phase
         )
@@ -329,42 +366,6 @@ class Run:
 def stream_seed(seed: int, stream: int) -> int:
     """Seed of a named stream: independent of the others for any `seed`."""
     return int(np.random.SeedSequence([seed, stream]).generate_state(1, np.uint64)[0] >> 1)
-
-
-def provenance(config: TrainConfig, command: str, policy: Policy) -> dict[str, Any]:
-    """Versions, revision, command and machine class: what a result needs to be reproduced."""
-    packages = {}
-    for name in ("robopost", "torch", "numpy", "mujoco", "gymnasium", "diffusers", "zarr"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {
-        "command": command or " ".join(["robopost", *sys.argv[1:]]),
-        "seed": config.seed,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpu_threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "packages": packages,
-        "revision": git_revision(),
-        "normaliser": policy.normaliser.provenance,
-        "policies": POLICIES.names(),
-    }
-
-
-def git_revision() -> str:
-    """Revision of the checkout robopost runs from, with `+` when it has changes; empty outside one."""
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        ask = lambda *words: subprocess.run(  # noqa: E731
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        ).stdout.strip()
-        return ask("rev-parse", "--short=12", "HEAD") + ("+" if ask("status", "--porcelain", "-uno") else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
 
 
 def with_seed(config: TrainConfig, seed: int) -> TrainConfig:

@@ -5,12 +5,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from robopost.errors import ConfigError
+
+if TYPE_CHECKING:
+    from robopost.nets.sharded import Sharded
 
 
 class Flat:
@@ -77,6 +80,19 @@ class Flat:
         # 1e-6 as in torch.nn.utils.clip_grad_norm_.
         self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
+
+    def share(self, loss: Tensor, weight: Tensor) -> Tensor:
+        """`loss`, a mean that weighs samples by `weight`; see `Sharded.share`, where a batch has several owners."""
+        return loss
+
+    def optimizer(self, **options: Any) -> torch.optim.Adam:
+        """Adam over `param`."""
+        return FlatAdam([self.param], **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Of all parameters."""
+        return self.data.device
 
     def lerp(self, source: Flat, weight: float) -> None:
         """Polyak step in place: `data <- (1 - weight) data + weight source`."""
@@ -176,11 +192,11 @@ def fused_adam(
     )
 
 
-def adam(flat: Flat, lr: float, *, scheduled: bool = False, **options: Any) -> torch.optim.Adam:
+def adam(flat: Flat | Sharded, lr: float, *, scheduled: bool = False, **options: Any) -> torch.optim.Adam:
     """Fused Adam over `flat`. With `scheduled`, `set_lr` also works under a captured graph."""
-    cuda = flat.data.is_cuda
-    rate = torch.tensor(lr, device=flat.data.device) if cuda and scheduled else lr
-    return FlatAdam([flat.param], lr=rate, fused=True, capturable=cuda, **options)
+    cuda = flat.device.type == "cuda"
+    rate = torch.tensor(lr, device=flat.device) if cuda and scheduled else lr
+    return flat.optimizer(lr=rate, fused=True, capturable=cuda, **options)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -202,8 +218,25 @@ def step_where(optimizer: torch.optim.Optimizer, flat: Flat, keep: Tensor) -> No
             slot.copy_(torch.where(keep.to(slot.device), slot, old))
 
 
-def frozen_copy(module: nn.Module) -> tuple[Any, Flat]:
-    """Target network: a deep copy without gradients, and its flat memory in the original's order."""
+def flat_of(policy: nn.Module) -> Any:
+    """The trainable parameters of `policy`: its `Sharded` where it is spread over processes, else a new `Flat`."""
+    return getattr(policy, "shards", None) or Flat(policy)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """`tensor`; one that is spread over processes as a whole on the CPU of the first, as an empty one elsewhere."""
+    gather = getattr(tensor, "full_tensor", None)
+    if gather is None:
+        return tensor
+    full = gather()
+    return full.cpu() if torch.distributed.get_rank() == 0 else full.new_empty(0)
+
+
+def frozen_copy(module: nn.Module) -> tuple[Any, Any]:
+    """Target network: a deep copy without gradients, and its `Flat` (or `Sharded`) in the original's order."""
+    shards = getattr(module, "shards", None)
+    if shards is not None:
+        return shards.frozen_copy()
     target = copy.deepcopy(module)
     flat = Flat(target)
     return target.requires_grad_(False), flat

@@ -61,6 +61,7 @@ class Policy(nn.Module, ABC):
         True  # False where its networks work on the host: no CUDA graphs, no torch.compile
     )
     discrete: ClassVar[bool] = False  # True where it chooses among `Spec.choices` actions
+    shards: Any = None  # `robopost.nets.sharded.Sharded` where its weights are spread over processes
     own_keys: ClassVar[tuple[str, ...]] = ()  # the observations it adds, which no environment has to offer
 
     def __init__(self, config: Any, spec: Spec) -> None:
@@ -148,6 +149,13 @@ class Policy(nn.Module, ABC):
         rows = next(iter(obs.values())).shape[0]
         noise = torch.rand(rows, len(low), generator=generator, device=low.device)
         return low + (high - low) * noise
+
+    def blocks(self) -> list[nn.Module]:
+        """Large layers that run one after another, each through `forward` or a method `run`.
+
+        Where the policy is spread over processes, they are put together one at a time; all else once per loss.
+        """
+        return []
 
     def wrap_env(self, env: VecEnv) -> VecEnv:
         """Wrap a `VecEnv` so that its observations hold what `sample` needs beyond the environment's own."""

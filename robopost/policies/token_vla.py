@@ -18,7 +18,7 @@ from robopost.nets.vla.language import Cache, Decoder, build_llama
 from robopost.nets.vla.linear import use_fused
 from robopost.nets.vla.lora import add_lora, merge_lora, weight_rows
 from robopost.nets.vla.openvla import Shards, action_statistics, load_weights
-from robopost.nets.vla.towers import DTYPES, Projector, Vision
+from robopost.nets.vla.towers import DTYPES, Projector, Tower, Vision
 from robopost.policies.token_vla_config import (
     TokenVLAConfig,
     from_checkpoint,
@@ -169,6 +169,11 @@ class TokenVLA(TokenPolicy):
     def autoregressive(self) -> bool:
         """True in the layout `openvla`."""
         return self.config.layout == "openvla"
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers of the language model and of the image towers."""
+        towers = [tower for tower in self.vision.towers.values() if isinstance(tower, Tower)]
+        return [*(layer for tower in towers for layer in tower.stack()), *self.language.model.layers]
 
     # -- the pieces ---------------------------------------------------------------------------------------------
 

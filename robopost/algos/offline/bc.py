@@ -13,7 +13,7 @@ from robopost.algos.base import Algorithm, Metrics, Needs
 from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Obs, Spec
 from robopost.errors import ConfigError, unknown
-from robopost.nets.flat import Flat, adam, frozen_copy, set_lr
+from robopost.nets.flat import adam, flat_of, frozen_copy, set_lr
 from robopost.policies.base import Policy
 from robopost.registry import ALGOS, POLICIES
 
@@ -57,6 +57,7 @@ class BC(Algorithm):
     registry_name = "bc"
     regime = "offline"
     steps = ("fit",)
+    sharded_by = ("bc_loss",)
 
     def __init__(
         self,
@@ -79,7 +80,7 @@ class BC(Algorithm):
                 f"algo={config.name} can't train policy={policy.registry_name}, which has no loss on demonstrations. "
                 f"Policies that have one: {', '.join(able)}"
             )
-        self._flat = Flat(policy)
+        self._flat = flat_of(policy)
         self.optimizer = adam(
             self._flat,
             config.lr,
@@ -116,7 +117,7 @@ class BC(Algorithm):
 
     def fit(self, obs: Obs, chunk: Tensor, mask: Tensor) -> Metrics:
         """One step of AdamW on the policy's cloning loss; a pure function of tensors."""
-        loss = self.policy.bc_loss(obs, chunk, mask, self.generator)
+        loss = self._flat.share(self.policy.bc_loss(obs, chunk, mask, self.generator), mask)
         self._flat.backward(loss)
         norm = self._flat.clip(self.config.grad_clip or math.inf)
         self.optimizer.step()

@@ -9,6 +9,7 @@ vocabulary) and uses fused kernels; its results are those of `LlamaForCausalLM`,
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -107,6 +108,8 @@ class Decoder(nn.Module):
         self.lm_head = model.lm_head
         self.settings = model.config
         self.remember = True  # False: compute layers again on the way back
+        for layer in self.model.layers:
+            layer.run = MethodType(run_layer, layer)  # a method of the layer, where sharding hooks in
         with torch.no_grad():
             cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(positions)[None])
         self.register_buffer("cos", cos[0].float(), persistent=False)
@@ -142,44 +145,48 @@ class Decoder(nn.Module):
         last = len(self.model.layers) - 1
         for index, layer in enumerate(self.model.layers):
             count = keep if index == last else x.shape[1]
-            args = (layer, index, x, cos, sin, mask, count, cache)
-            if self.remember or not torch.is_grad_enabled():
-                x = self._layer(*args)
-            else:
-                x = checkpoint(self._layer, *args, use_reentrant=False)
+            x = layer.run(self.remember, index, x, cos, sin, mask, count, cache)
         if cache is not None:
             cache.length += cos.shape[2]
         return rms_norm(x, self.model.norm)
 
-    def _layer(
-        self,
-        layer: Any,
-        index: int,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None,
-        count: int,
-        cache: Cache | None,
-    ) -> Tensor:
-        attention, start = layer.self_attn, x.shape[1] - count
-        size = attention.head_dim
-        h = rms_norm(x, layer.input_layernorm)
-        heads = lambda tensor: tensor.unflatten(-1, (-1, size)).transpose(1, 2)  # noqa: E731
-        key, value = heads(attention.k_proj(h)), heads(attention.v_proj(h))
-        key = rotate(key, cos, sin)
-        if start:
-            h, x, cos, sin = h[:, start:], x[:, start:], cos[:, :, start:], sin[:, :, start:]
-            mask = mask[:, :, start:] if mask is not None and mask.shape[2] > 1 else mask
-        query = rotate(heads(attention.q_proj(h)), cos, sin)
-        if cache is not None:
-            key, value = cache.extend(index, key, value)
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1]
-        )
-        x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
-        h, mlp = rms_norm(x, layer.post_attention_layernorm), layer.mlp
-        return x + mlp.down_proj(nn.functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
+
+def run_layer(layer: Any, remember: bool, *args: Any) -> Tensor:
+    """`apply_layer`, computed again on the way back unless `remember`."""
+    if remember or not torch.is_grad_enabled():
+        return apply_layer(layer, *args)
+    return checkpoint(apply_layer, layer, *args, use_reentrant=False)
+
+
+def apply_layer(
+    layer: Any,
+    index: int,
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    mask: Tensor | None,
+    count: int,
+    cache: Cache | None,
+) -> Tensor:
+    """A layer of Llama: as `Decoder.forward`, for the last `count` positions of `x` (B, S, W)."""
+    attention, start = layer.self_attn, x.shape[1] - count
+    size = attention.head_dim
+    h = rms_norm(x, layer.input_layernorm)
+    heads = lambda tensor: tensor.unflatten(-1, (-1, size)).transpose(1, 2)  # noqa: E731
+    key, value = heads(attention.k_proj(h)), heads(attention.v_proj(h))
+    key = rotate(key, cos, sin)
+    if start:
+        h, x, cos, sin = h[:, start:], x[:, start:], cos[:, :, start:], sin[:, :, start:]
+        mask = mask[:, :, start:] if mask is not None and mask.shape[2] > 1 else mask
+    query = rotate(heads(attention.q_proj(h)), cos, sin)
+    if cache is not None:
+        key, value = cache.extend(index, key, value)
+    out = scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, enable_gqa=key.shape[1] != query.shape[1]
+    )
+    x = x + attention.o_proj(out.transpose(1, 2).flatten(2))
+    h, mlp = rms_norm(x, layer.post_attention_layernorm), layer.mlp
+    return x + mlp.down_proj(nn.functional.silu(mlp.gate_proj(h)) * mlp.up_proj(h))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

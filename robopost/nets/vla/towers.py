@@ -113,6 +113,10 @@ class Tower(nn.Module):
         self.gain: Tensor
         self.offset: Tensor
 
+    def stack(self) -> list[nn.Module]:
+        """Its transformer layers."""
+        return list(next(module for module in self.model.modules() if isinstance(module, nn.ModuleList)))
+
     def pixels(self, images: Tensor) -> Tensor:
         """Images (N, H, W, 3) uint8 as the tower's input (N, 3, size, size) float32."""
         out = torch.addcmul(self.offset, images.float(), self.gain).movedim(-1, 1)
