@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -162,6 +163,20 @@ class Algorithm(ABC):
             fn = getattr(type(self), name).__get__(self)
             wrapped = accelerate(fn, mode, device=self.device, generators=(self.generator,))
             setattr(self, name, wrapped)
+
+    @contextmanager
+    def whole_policy(self) -> Iterator[None]:
+        """Within this context `policy` can act and score where it is sharded, too: it is a whole copy there.
+
+        Processes need not ask it equally often, as they have to where layers are put together one by one.
+        """
+        sharded = self.policy
+        if sharded.shards is not None:
+            self.policy = sharded.shards.everywhere(sharded)
+        try:
+            yield
+        finally:
+            self.policy = sharded
 
     def export_policy(self) -> Policy:
         """The policy to evaluate, checkpoint and deploy (e.g. an EMA copy where the algorithm keeps one)."""

@@ -40,7 +40,8 @@ class Collector:
 
     def start(self, state: dict[str, Any] | None) -> None:
         """Reset, or go on from the loop state of a checkpoint."""
-        if state is None or not self.env.can_save:
+        alone = self.run.ranks.size == 1 and not (state or {}).get("between_rollouts")
+        if state is None or not self.env.can_save or not alone:
             self._resets = int(state["resets"]) if state is not None else 0
             self._reset()
             return
@@ -88,6 +89,9 @@ class Collector:
         """Files and JSON for a checkpoint."""
         if not self.env.can_save:
             return {}, {"resets": self._resets + 1}
+        if self.run.ranks.size > 1:
+            # Several processes play whole episodes: nothing has to be known of those that are over.
+            return {}, {"resets": self._resets, "between_rollouts": True}
         arrays = {f"state/{key}": value for key, value in self.env.get_state().items()}
         arrays |= {f"obs/{key}": value for key, value in self.obs.items()}
         arrays |= {
@@ -107,8 +111,11 @@ class Collector:
 
     def _reset(self, group: int = 1) -> None:
         seed = stream_seed(self.run.config.seed, ENV_STREAM + 1000 * self._resets) % 2**31
-        copies = range(self.env.num_envs)
-        self.obs = self.env.reset(seed=seed if group == 1 else [seed + i // group for i in copies])
+        n = self.env.num_envs
+        first = self.run.ranks.index * n  # of the copies of all processes
+        self.obs = self.env.reset(
+            seed=seed + first if group == 1 else [seed + (first + i) // group for i in range(n)]
+        )
         self._return[:] = 0.0
         self._length[:] = 0
         self._success[:] = False

@@ -83,7 +83,7 @@ def learn(run: Run, algo: Algorithm, dataset: Dataset, until: int) -> None:
     needs, generator = algo.needs, run.generators["data"]
     for step in range(run.step + 1, until + 1):
         steps = run.ranks.mine(dataset.draw(needs.batch_size, generator, chunks=needs.chunks))
-        run.ranks.reseed(algo.generator, run.config.seed, step)
+        run.ranks.reseed(run.generators, run.config.seed, step)
         run.record(algo.update(batch_at(dataset, algo, steps)))
         run.after(step, algo, lambda: loop_state(dataset))
 

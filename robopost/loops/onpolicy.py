@@ -34,7 +34,13 @@ def run_onpolicy(run: Run) -> None:
     """
     config = run.config
     history = int(getattr(config.policy, "history", 1))
-    env = make_vec(config.env, config.env.num_envs, history=history)
+    ranks = run.ranks
+    if config.env.num_envs % ranks.size:
+        raise ConfigError(
+            f"env.num_envs={config.env.num_envs} is that of all {ranks.size} processes together and must be a multiple "
+            f"of {ranks.size}. Fix: env.num_envs={max(1, config.env.num_envs // ranks.size) * ranks.size}"
+        )
+    env = make_vec(config.env, config.env.num_envs // ranks.size, history=history)
     try:
         recorded = _recorded(run, env)
         stats, source = None, f"env {config.env.name}"
@@ -56,10 +62,11 @@ def run_onpolicy(run: Run) -> None:
                 f"Fix: a divisor of {steps * env.num_envs}"
             )
         if env.num_envs % needs.group:
+            each = f" in each of {ranks.size} processes" if ranks.size > 1 else ""
+            fitting = ranks.size * needs.group * max(1, env.num_envs // needs.group)
             raise ConfigError(
-                f"env.num_envs={env.num_envs} must be a multiple of the {needs.group} episodes that "
-                f"algo={config.algo.name} compares. "
-                f"Fix: env.num_envs={needs.group * max(1, env.num_envs // needs.group)}"
+                f"env.num_envs={config.env.num_envs} must be a multiple of the {needs.group} episodes that "
+                f"algo={config.algo.name} compares{each}. Fix: env.num_envs={fitting}"
             )
         if algo.policy.wraps_env:
             env = algo.policy.wrap_env(env)
@@ -77,10 +84,13 @@ def run_onpolicy(run: Run) -> None:
         collector.start(state)
         while run.step < config.loop.steps:
             began = time.perf_counter()
+            ranks.reseed(run.generators, config.seed, run.step)
             if needs.episodes:
-                batch, executed = collect_episodes(collector, algo, needs.episodes, needs.group)
-                run.record({"data/steps": torch.tensor(float(executed))})
-                taken = needs.episodes * env.num_envs
+                with algo.whole_policy():
+                    batch, executed = collect_episodes(collector, algo, needs.episodes, needs.group)
+                # A log line has the mean over processes, this is of all of them.
+                run.record({"data/steps": torch.tensor(float(executed * ranks.size))})
+                taken = needs.episodes * config.env.num_envs
             else:
                 collect = collect_decisions if needs.chunks else collect_steps
                 batch, taken = collect(collector, algo, steps), span * env.num_envs
@@ -123,7 +133,8 @@ def _recorded(run: Run, env: VecEnv) -> Dataset | None:
                 "Fix: data.path=<store>, data.collect=<episodes> of the environment's expert, or algo.hybrid=false"
             )
         return None
-    dataset = Dataset.load(config.data, device=run.device)
+    with run.ranks.first_alone():
+        dataset = Dataset.load(config.data, device=run.device)
     check_same_task(env.spec, dataset.spec)
     return dataset
 

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,8 @@ LAUNCH = "torchrun --nproc-per-node <devices> -m robopost.cli train ... accel.fs
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR")  # what torchrun tells a process
 PATIENCE = timedelta(minutes=10)  # with a process that doesn't show up for a step
 LONG = timedelta(days=7)  # an evaluation or a recording may take
-NOISE_STREAM = 10_000_000  # seeds of the noise of single updates lie above it
+NOISY = ("algo", "policy")  # streams of which every process has its own
+NOISE_STREAM = 200
 LOST = ("gloo", "nccl", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "Timed out")
 
 
@@ -48,12 +50,16 @@ class Ranks:
         """This process's part of the batch `rows`, which all have drawn alike."""
         return rows
 
-    def reseed(self, generator: torch.Generator, seed: int, update: int) -> None:
-        """Give each process noise of its own in update `update`; nothing to do for one."""
+    def reseed(self, generators: dict[str, torch.Generator], seed: int, step: int) -> None:
+        """Give each process noise of its own from step `step` on; nothing to do for one."""
 
     def mean(self, values: Tensor) -> Tensor:
         """Mean over processes."""
         return values
+
+    def merged(self, lists: dict[str, list[float]]) -> dict[str, list[float]]:
+        """The lists of all processes, joined."""
+        return lists
 
     def agree(self, text: str) -> str:
         """What the first process says."""
@@ -110,18 +116,26 @@ class Joined(Ranks):
         each = len(rows) // self.size
         return rows[self.index * each : (self.index + 1) * each]
 
-    def reseed(self, generator: torch.Generator, seed: int, update: int) -> None:
-        """See `Ranks.reseed`: noise depends on the seed, the update and the process alone, so that it is no state."""
+    def reseed(self, generators: dict[str, torch.Generator], seed: int, step: int) -> None:
+        """See `Ranks.reseed`: noise depends on the seed, the step and the process alone, so that it is no state."""
         if self.size > 1:
-            from robopost.loops.run import stream_seed
-
-            generator.manual_seed(stream_seed(seed, NOISE_STREAM + update * self.size + self.index))
+            for place, name in enumerate(NOISY):
+                words = [seed, NOISE_STREAM + place, step, self.index]
+                found = np.random.SeedSequence(words).generate_state(1, np.uint64)[0]
+                generators[name].manual_seed(int(found >> 1))
 
     def mean(self, values: Tensor) -> Tensor:
         """See `Ranks.mean`."""
-        total = values.clone()
+        total = values.to(self.device, copy=True)
         self._dist.all_reduce(total)
         return total / self.size
+
+    def merged(self, lists: dict[str, list[float]]) -> dict[str, list[float]]:
+        """See `Ranks.merged`."""
+        found: list[dict[str, list[float]]] = [{}] * self.size
+        self._dist.all_gather_object(found, lists, group=self._patient)
+        keys = sorted({key for item in found for key in item})
+        return {key: [value for item in found for value in item.get(key, [])] for key in keys}
 
     def agree(self, text: str) -> str:
         """See `Ranks.agree`."""

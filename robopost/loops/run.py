@@ -221,7 +221,8 @@ class Run:
                     f"{key} is {value} at step {step}: training diverged. "
                     "Fix: lower the learning rate, or check the data with `robopost data verify`"
                 )
-        line |= {key: float(np.mean(items)) for key, items in self._episodes.items() if items}
+        episodes = self.ranks.merged(self._episodes)
+        line |= {key: float(np.mean(items)) for key, items in episodes.items() if items}
         seconds = time.perf_counter() - self._mark
         done = step - self._marked_step
         line |= {"time/steps_per_s": done / max(seconds, 1e-9)} | self._timers

@@ -24,6 +24,7 @@ class Flat:
     networks on their device first. Optimisers own `param`, a single parameter over the same memory.
 
     Attributes:
+        processes: over which it is spread: 1, see `Sharded`.
         params: the trainable parameters, in module order.
         data: (P,) the memory all of them share.
         param: (P,) parameter over `data`, with a preallocated `grad`.
@@ -31,6 +32,8 @@ class Flat:
     Raises:
         ConfigError: nothing to train, or parameters of several devices or dtypes.
     """
+
+    processes = 1
 
     def __init__(self, *modules: nn.Module) -> None:
         self.params: list[nn.Parameter] = []
@@ -81,9 +84,13 @@ class Flat:
         self.grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def share(self, loss: Tensor, weight: Tensor) -> Tensor:
-        """`loss`, a mean that weighs samples by `weight`; see `Sharded.share`, where a batch has several owners."""
-        return loss
+    def share(self, means: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """`means` that weigh samples by `weight`; see `Sharded.share`, where a batch has several owners."""
+        return means
+
+    def most(self, count: int) -> int:
+        """`count`; see `Sharded.most`."""
+        return count
 
     def optimizer(self, **options: Any) -> torch.optim.Adam:
         """Adam over `param`."""

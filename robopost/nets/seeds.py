@@ -81,6 +81,10 @@ class StackedFlat:
         assert anchor is not None, "clip follows backward"
         return escape(lambda _: self._clip(max_norm), anchor)
 
+    def share(self, means: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """As `Flat.share`: every seed has its batch to itself."""
+        return means
+
     def lerp(self, source: StackedFlat, weight: float) -> None:
         """Polyak step in place: `data <- (1 - weight) data + weight source`."""
         with torch.no_grad():

@@ -25,6 +25,7 @@ class Sharded:
     """What `Flat` is for one process: the trainable parameters of a sharded policy, and this process's part of them.
 
     Attributes:
+        processes: over which the policy is spread.
         params: the trainable parameters (DTensors), in module order.
         shards: this process's parts as plain parameters over the same memory; optimisers own them.
         device: where they are.
@@ -33,27 +34,41 @@ class Sharded:
     def __init__(self, twin: nn.Module) -> None:
         """`twin` is the policy's module tree without FSDP's hooks, over the parts of its parameters."""
         self.twin = twin
+        self.processes = dist.get_world_size()
         self.params: list[Any] = [p for p in twin.parameters() if p.requires_grad]
         if not self.params:
             raise ConfigError(f"{type(twin).__name__} has no trainable parameters: nothing to optimise")
         self.shards = [nn.Parameter(p.detach().to_local()) for p in self.params]
         self.device = self.shards[0].device
 
-    def share(self, loss: Tensor, weight: Tensor) -> Tensor:
-        """A mean over this process's samples as its share of the mean over all processes' samples.
+    def share(self, means: dict[str, Tensor], weight: Tensor) -> dict[str, Tensor]:
+        """Means over this process's samples as its shares of the means over all processes' samples.
 
         Args:
-            loss: a mean over what `weight` counts.
-            weight: what the mean weighs its samples by, summed: a mask, or counts.
+            means: each over what `weight` counts.
+            weight: the mask of what counts, any shape.
 
         Returns:
-            `loss` x (own weight / mean weight of a process), so that the mean over processes, which is what `backward`
-            takes of gradients, is the mean over the whole batch.
+            `means` x (own count / mean count of a process). Their means over processes, which `backward` takes of
+            gradients and a log line of metrics, are those over the whole batch.
         """
         own = weight.detach().sum().to(torch.float32)
         total = own.clone()
         dist.all_reduce(total)
-        return loss * (own * dist.get_world_size() / total.clamp_min(1.0))
+        part = own * self.processes / total.clamp_min(1.0)
+        return {name: value * part for name, value in means.items()}
+
+    def most(self, count: int) -> int:
+        """The largest `count` of a process: steps have to be as many in all of them."""
+        largest = torch.tensor(count, device=self.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
+
+    def everywhere(self, policy: Any) -> Any:
+        """An ordinary, whole copy of `policy`, the sharded one, in every process: to act and to score with."""
+        weights: Any = self.twin.parameters()
+        memo: dict[int, Any] = {id(p): _whole_parameter(p, p.detach().full_tensor()) for p in weights}
+        return _like(policy, copy.deepcopy(self.twin, memo))
 
     def backward(self, loss: Tensor) -> None:
         """Write the mean over processes of d loss / d params into the gradients of `shards`."""
@@ -159,8 +174,18 @@ def shard(policy: Any, entries: tuple[str, ...]) -> None:
         policy: the same in every process, on its device.
         entries: methods of it that losses are computed by. They put weights together as they need them; anything else
             that reads weights finds parts.
+
+    Raises:
+        ConfigError: it has no such method.
     """
+    for entry in entries:
+        if not hasattr(policy, entry):
+            raise ConfigError(
+                f"policy={policy.registry_name} has no {entry}(), by which this algorithm trains with accel.fsdp=true. "
+                "Fix: policy=token_vla, or accel.fsdp=false"
+            )
     memo: dict[int, Any] = {id(p): p for p in policy.parameters()}
+    memo[id(policy.config)] = policy.config
     for module in policy.modules():  # normaliser, prompts: what holds no parameters is one and the same
         if next(module.parameters(), None) is None:
             memo[id(module)] = module
@@ -183,13 +208,23 @@ def shard(policy: Any, entries: tuple[str, ...]) -> None:
 
 def gathered(policy: Any) -> Any:
     """An ordinary, whole policy of what a sharded one holds now: on the first process, None elsewhere; takes all."""
-    shards = policy.shards
-    twin: Any = policy if shards is None else shards.twin
-    device = policy.device
+    twin: Any = policy if policy.shards is None else policy.shards.twin
     memo: dict[int, Any] = {}
     for p in twin.parameters():
-        memo[id(p)] = nn.Parameter(whole(p.detach()).to(device), requires_grad=p.requires_grad)
-    return copy.deepcopy(twin, memo) if dist.get_rank() == 0 else None
+        memo[id(p)] = _whole_parameter(p, whole(p.detach()))
+    return _like(policy, copy.deepcopy(twin, memo)) if dist.get_rank() == 0 else None
+
+
+def _whole_parameter(p: Tensor, full: Tensor) -> nn.Parameter:
+    return nn.Parameter(full.to(p.device), requires_grad=p.requires_grad)
+
+
+def _like(policy: Any, made: Any) -> Any:
+    """`made` with what has been set on `policy` since it was sharded, e.g. a temperature."""
+    for name, value in vars(policy).items():
+        if isinstance(value, (bool, int, float, str)):
+            setattr(made, name, value)
+    return made.train(policy.training)
 
 
 def part_of(full: Tensor, like: Any) -> Tensor:

@@ -11,6 +11,7 @@ from gymnasium.vector import AutoresetMode
 
 from robopost.loops.collector import Collector
 from robopost.loops.decisions import collect_decisions
+from robopost.loops.ranks import ALONE
 from robopost.policies.base import Action
 from robopost.vector import VecEnv
 
@@ -85,6 +86,7 @@ def collector(path="", episodes=EPISODES):
     data = SimpleNamespace(path=path, reward_scale=0.5, reward_shift=-1.0)
     ended = []
     run = SimpleNamespace(
+        ranks=ALONE,
         config=SimpleNamespace(data=data),
         device=torch.device("cpu"),
         generators={"policy": "the policy's"},

@@ -17,6 +17,7 @@ from robopost.errors import ConfigError
 from robopost.loops import train
 from robopost.loops.collector import Collector
 from robopost.loops.episodes import collect_episodes
+from robopost.loops.ranks import ALONE
 from robopost.loops.run import stream_seed
 from robopost.policies.base import Action
 from robopost.vector import VecEnv, make_vec
@@ -98,6 +99,7 @@ def collector(copies=4, path="", success=True):
     data = SimpleNamespace(path=path, reward_scale=0.5, reward_shift=-1.0)
     ended = []
     run = SimpleNamespace(
+        ranks=ALONE,
         config=SimpleNamespace(data=data, seed=0),
         device=torch.device("cpu"),
         generators={"policy": None},

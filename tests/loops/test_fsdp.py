@@ -36,8 +36,8 @@ SPEC = Spec(
 )
 PENDULUM = Spec({"state": ((3,), "float32")}, 1, (-2.0,), (2.0,), 200)
 COMMON = ["algo=bc", "algo.batch_size=8", "device=cpu", "track.console=false", "track.tensorboard=false"]
-COMMON += ["loop.log_every=1", "loop.checkpoint_every=3", "loop.steps=6", "algo.warmup=2"]
-VLA = [*COMMON, "policy=token_vla", "env=null", "policy.horizon=4", "policy.image_shift=0"]
+COMMON += ["loop.log_every=1", "loop.checkpoint_every=3", "loop.steps=6"]
+VLA = [*COMMON, "algo.warmup=2", "policy=token_vla", "env=null", "policy.horizon=4", "policy.image_shift=0"]
 VLA += [f"policy.siglip.{word}" for word in ("width=16", "layers=2", "heads=2", "mlp=16", "patch=8")]
 VLA += [f"policy.language.{word}" for word in ("width=16", "layers=2", "heads=2", "mlp=24")]
 LORA = ["policy.lora_rank=2", "policy.dtype=bfloat16", "algo.ema=0", "loop.steps=3"]
@@ -46,6 +46,20 @@ THRIFTY += ["loop.steps=3"]
 FLOW = [*COMMON, "policy=flow", "policy.horizon=4", "policy.width=16", "policy.depth=1", "env=Pendulum-v1"]
 FLOW += ["loop.eval_episodes=2", "env.max_steps=20"]
 SHARDED = "accel.fsdp=true"
+TOKENS = [
+    *COMMON[1:],
+    "policy=token",
+    "policy.horizon=4",
+    "policy.execute=2",
+    "policy.bins=16",
+    "policy.hidden=[16]",
+]
+CACHED = [*TOKENS, "algo=vla_opd_cached", "env=null"]
+PLAY = [*TOKENS, "env=Pendulum-v1", "env.num_envs=8", "env.max_steps=10", "loop.eval_episodes=2"]
+PLAY += ["algo.group=2", "algo.outcome=return", "algo.epochs=2", "loop.checkpoint_every=8"]
+GRPO = [*PLAY, "algo=grpo", "policy.normalise_obs=identity"]
+OPD = [*PLAY, "algo=vla_opd", "algo.reference=student_init", "algo.reward_scale=1.25", "algo.temperature=1.5"]
+OPD += ["algo.check_teacher=0", "algo.routing=none"]
 
 
 def record(path, spec):
@@ -110,7 +124,7 @@ def assert_near(run, other, atol=2e-6):
             ):  # softmax doesn't see it: Adam makes steps of what rounding leaves
                 continue
             torch.testing.assert_close(value.double(), theirs[key].double(), atol=atol, rtol=1e-4, msg=key)
-    for key in ("loss/bc", "grad/norm", "lr"):
+    for key in ("loss/bc", "loss/opd", "policy/entropy", "grad/norm"):
         np.testing.assert_allclose(metrics(run, key), metrics(other, key), rtol=2e-5)
 
 
@@ -129,6 +143,9 @@ def runs(tmp_path_factory):
     out = lambda name: f"out={folder / name}"  # noqa: E731
     train(compose([*VLA, scenes, out("one")]))
     train(compose([*VLA, *LORA, scenes, out("one_lora")]))
+    train(compose([*TOKENS, "algo=bc", "env=null", swings, out("teacher"), "loop.steps=1", "seed=7"]))
+    teacher = f"algo.teacher={folder / 'teacher'}"
+    train(compose([*CACHED, swings, teacher, out("one_cached")]))
     train(compose([*VLA, *THRIFTY, scenes, out("one_thrifty")]))
     back_at(folder / "one", folder / "handed_over", 3)
     launch(
@@ -142,6 +159,13 @@ def runs(tmp_path_factory):
             {"words": [f"resume={folder / 'half'}", "loop.steps=6"]},
             {"words": [*VLA, scenes, SHARDED, out("full"), "policy.image_shift=2"]},
             {"words": [*FLOW, swings, SHARDED, out("flow")]},
+            {"words": [*CACHED, swings, teacher, SHARDED, out("two_cached")]},
+            {"words": [*GRPO, SHARDED, out("grpo"), "loop.steps=24"]},
+            {"words": [*GRPO, SHARDED, out("grpo_half"), "loop.steps=8"]},
+            {"words": [f"resume={folder / 'grpo_half'}", "loop.steps=24"]},
+            {"words": [*OPD, teacher, SHARDED, out("opd"), "loop.steps=24"]},
+            {"words": [*OPD, teacher, SHARDED, out("opd_half"), "loop.steps=8"]},
+            {"words": [f"resume={folder / 'opd_half'}", "loop.steps=24"]},
         ],
     )
     return folder
@@ -201,6 +225,35 @@ def test_the_first_process_evaluates_and_logs(runs):
     chunk = policy.act({"state": torch.zeros(2, 3)}, generator=torch.Generator().manual_seed(0)).chunk
     assert chunk.shape == (2, 4, 1)
     assert json.loads((runs / "flow" / "provenance.json").read_text())["processes"] == 2
+
+
+def test_cached_distillation_learns_what_one_process_learns(runs):
+    assert_near(runs / "one_cached", runs / "two_cached")
+
+
+@pytest.mark.parametrize("name", ["grpo", "opd"])
+def test_rollouts_of_two_processes_resume_exactly(runs, name):
+    assert_same(runs / name, runs / f"{name}_half")
+    steps = [json.loads(line)["step"] for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(steps)) == [8, 16, 24]  # 8 episodes of all copies together
+    assert metrics(runs / name, "data/steps") == [80.0, 80.0, 80.0]
+    start = tensors(back_at(runs / name, runs / f"{name}_start", 8), "policy.safetensors")
+    assert any(
+        not torch.equal(value, start[key])
+        for key, value in tensors(runs / name, "policy.safetensors").items()
+    )
+
+
+def test_temperature_set_after_the_cut_is_saved(runs):
+    assert load_policy(runs / "opd").temperature == 1.5
+
+
+def test_a_run_of_two_goes_on_in_one_process_with_rollouts(runs):
+    from robopost.cli.train import resolve
+
+    alone = back_at(runs / "grpo", runs / "grpo_alone", 8)
+    train(resolve([f"resume={alone}", "accel.fsdp=false", "loop.steps=16"]))
+    assert latest(alone).name == "step_000000016"
 
 
 def test_a_lost_process_ends_the_other_with_one_line(tmp_path):
@@ -287,7 +340,7 @@ def test_batches_are_split_evenly():
     draws = []
     for update in (1, 2, 1):
         for item, generator in zip(ranks, noise, strict=True):
-            item.reseed(generator, 0, update)
+            item.reseed({"algo": generator, "policy": torch.Generator()}, 0, update)
             draws.append(float(torch.rand((), generator=generator)))
     assert draws[:2] == draws[4:]
     assert len(set(draws)) == 4

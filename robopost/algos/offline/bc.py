@@ -117,7 +117,8 @@ class BC(Algorithm):
 
     def fit(self, obs: Obs, chunk: Tensor, mask: Tensor) -> Metrics:
         """One step of AdamW on the policy's cloning loss; a pure function of tensors."""
-        loss = self._flat.share(self.policy.bc_loss(obs, chunk, mask, self.generator), mask)
+        means = {"loss/bc": self.policy.bc_loss(obs, chunk, mask, self.generator)}
+        loss = self._flat.share(means, mask)["loss/bc"]
         self._flat.backward(loss)
         norm = self._flat.clip(self.config.grad_clip or math.inf)
         self.optimizer.step()

@@ -151,7 +151,8 @@ def slot_metrics(log_probs: Tensor, teacher: Tensor, tokens: Tensor, valid: Tens
 
 def initial_copy(policy: Policy) -> Policy:
     """The student as it is now, frozen: the reference `student_init`."""
-    return copy.deepcopy(policy).eval().requires_grad_(False)
+    initial = copy.deepcopy(policy) if policy.shards is None else policy.shards.everywhere(policy)
+    return initial.eval().requires_grad_(False)
 
 
 def load_reference(

@@ -15,7 +15,7 @@ from robopost.algos.generative.chunk_ppo import blocks
 from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Obs, Spec, below
 from robopost.errors import ConfigError, DataError
-from robopost.nets.flat import Flat, adam
+from robopost.nets.flat import adam, flat_of
 from robopost.policies.base import Policy
 from robopost.policies.tokens import TokenPolicy, taken
 
@@ -135,6 +135,7 @@ class EpisodeAlgorithm(Algorithm):
 
     regime = "onpolicy"
     steps = ("minibatch_step",)
+    sharded_by = ("log_probs",)
     config: EpisodesConfig
 
     def __init__(
@@ -147,7 +148,7 @@ class EpisodeAlgorithm(Algorithm):
         generator: torch.Generator,
     ) -> None:
         super().__init__(config, policy, spec, device=device, generator=generator)
-        self._flat = Flat(policy)
+        self._flat = flat_of(policy)
         self.optimizer = adam(
             self._flat, config.lr, weight_decay=config.weight_decay, decoupled_weight_decay=True
         )
@@ -180,7 +181,8 @@ class EpisodeAlgorithm(Algorithm):
         """All epochs over one rollout of whole episodes (D, M)."""
         cfg = self.config
         rows = Decisions.of(batch)
-        data, metrics = self.prepare(rows)
+        with self.whole_policy():
+            data, metrics = self.prepare(rows)
         self.updates += 1
         total = len(data["valid"])
         sums: Metrics = {}
@@ -196,14 +198,17 @@ class EpisodeAlgorithm(Algorithm):
         """The rows in random order, in parts of nearly one size; none where there are no rows.
 
         Steps that are compiled or captured get `batch_size` rows each, filled up with rows that count for nothing.
+        Processes that train together take equally many parts: one that has too few rows for it fills up likewise.
         """
-        if not total:
+        parts = self._flat.most(-(-total // (self.config.batch_size // self._flat.processes)))
+        if not parts:
             return []
-        parts = -(-total // self.config.batch_size)
         order = torch.randperm(total, generator=self.generator, device=self.device)
         found = []
         for chosen in order.tensor_split(parts):
             rows = {key: value.index_select(0, chosen) for key, value in data.items()}
+            if not len(chosen):
+                rows = {key: value.new_zeros(1, *value.shape[1:]) for key, value in data.items()}
             missing = self.config.batch_size - len(chosen)
             if self._one_shape and missing:
                 rows = {
@@ -217,7 +222,8 @@ class EpisodeAlgorithm(Algorithm):
     def minibatch_step(self, rows: dict[str, Tensor]) -> Metrics:
         """One gradient step; a pure function of the minibatch."""
         loss, metrics = self.loss(rows)
-        self._flat.backward(loss)
+        metrics = self._flat.share(metrics | {"whole": loss}, rows["valid"])
+        self._flat.backward(metrics.pop("whole"))
         norm = self._flat.clip(self.config.max_grad_norm)
         self.optimizer.step()
         return metrics | {"grad/norm": norm}

@@ -118,11 +118,15 @@ class VLAOPD(EpisodeAlgorithm):
             self._flow = FlowDistiller(config, policy, self._teacher)
             return
         assert isinstance(policy, TokenPolicy)  # the teacher's check let nothing else through
-        self._tokens = (policy,)
         set_temperature(policy, config.temperature)
         for frozen in (self._teacher, self._reference):
             if frozen is not None:
                 set_temperature(frozen.tokens, policy.temperature)
+
+    @property
+    def _student(self) -> TokenPolicy:
+        assert isinstance(self.policy, TokenPolicy)
+        return self.policy
 
     def before_rollouts(self, play: Play) -> None:
         """Refuse a teacher that never succeeds here."""
@@ -146,8 +150,7 @@ class VLAOPD(EpisodeAlgorithm):
         metrics: Metrics = {"data/valid": rows.mask.float().mean(), "data/success": rows.success.mean()}
         if self._flow is not None:
             return rows.columns() | self._flow.columns(rows), metrics
-        cfg = self.config
-        (policy,) = self._tokens
+        cfg, policy = self.config, self._student
         data = rows.columns() | {"tokens": rows.tokens}
         data["teacher"] = self._scored(self._teacher, rows)
         if self._reference is not None:
@@ -172,7 +175,7 @@ class VLAOPD(EpisodeAlgorithm):
 
     def _later_reward(self, rows: Decisions, data: dict[str, Tensor]) -> Tensor:
         """Reward (n, H, A) that follows each token in its episode, of the policy that drew it."""
-        cfg, (policy,) = self.config, self._tokens
+        cfg, policy = self.config, self._student
         student = score(policy, rows.obs, rows.tokens)
         reference = data["reference"].float() if "reference" in data else None
         gap = reward_gap(student, data["teacher"].float(), reference, cfg.reward_scale, cfg.log_ratio_clamp)
@@ -212,7 +215,7 @@ class VLAOPD(EpisodeAlgorithm):
         """lambda_opd L_OPD + lambda_outcome L_GRPO (VLA-OPD), both means over valid slots."""
         if self._flow is not None:
             return self._flow.loss(rows)
-        cfg, (policy,) = self.config, self._tokens
+        cfg, policy = self.config, self._student
         tokens, valid = rows["tokens"], rows["valid"]
         log_probs = policy.log_probs(below(rows, "obs/"), tokens).float()
         log_prob = taken(log_probs, tokens)

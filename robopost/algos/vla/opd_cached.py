@@ -25,7 +25,7 @@ from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Spec, below
 from robopost.data.dataset import Dataset
 from robopost.errors import ConfigError, DataError
-from robopost.nets.flat import Flat, adam
+from robopost.nets.flat import adam, flat_of
 from robopost.policies.base import Policy
 from robopost.policies.tokens import TokenPolicy
 from robopost.registry import ALGOS
@@ -66,6 +66,7 @@ class CachedOPD(Algorithm):
     registry_name = "vla_opd_cached"
     regime = "offline"
     steps = ("fit",)
+    sharded_by = ("log_probs",)
     stackable = False  # the cached scores are indexed by the step a sample begins at
     config: CachedOPDConfig
     policy: TokenPolicy
@@ -88,7 +89,7 @@ class CachedOPD(Algorithm):
         for frozen in (self._teacher, self._reference):
             if frozen is not None:
                 set_temperature(frozen.tokens, student.temperature)
-        self._flat = Flat(policy)
+        self._flat = flat_of(policy)
         self.optimizer = adam(
             self._flat, config.lr, weight_decay=config.weight_decay, decoupled_weight_decay=True
         )
@@ -155,9 +156,11 @@ class CachedOPD(Algorithm):
     def fit(self, rows: dict[str, Tensor]) -> Metrics:
         """One step of AdamW; a pure function of tensors."""
         log_probs = self.policy.log_probs(below(rows, "obs/"), rows["tokens"]).float()
-        loss = slot_mean(slot_losses(self.config, log_probs, rows), rows["valid"])
+        metrics = {"loss/opd": slot_mean(slot_losses(self.config, log_probs, rows), rows["valid"])}
+        metrics |= slot_metrics(log_probs.detach(), rows["teacher"], rows["tokens"], rows["valid"])
+        metrics = self._flat.share(metrics, rows["valid"])
+        loss = metrics.pop("loss/opd")
         self._flat.backward(loss)
         norm = self._flat.clip(self.config.max_grad_norm)
         self.optimizer.step()
-        metrics = slot_metrics(log_probs.detach(), rows["teacher"], rows["tokens"], rows["valid"])
         return metrics | {"loss/opd": loss.detach(), "grad/norm": norm}
