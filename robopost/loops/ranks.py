@@ -7,7 +7,9 @@ all of them run the same loop, and only the first logs, evaluates and writes.
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -27,6 +29,7 @@ PATIENCE = timedelta(minutes=10)  # with a process that doesn't show up for a st
 LONG = timedelta(days=7)  # an evaluation or a recording may take
 NOISY = ("algo", "policy")  # streams of which every process has its own
 NOISE_STREAM = 200
+SOURCE_LINE = r"^\[[^\]]*\] *"  # that torch's messages begin with
 LOST = ("gloo", "nccl", "Connection closed", "Connection reset", "Broken pipe", "TCPStore", "Timed out")
 
 
@@ -79,7 +82,8 @@ class Ranks:
 
 
 ALONE = Ranks()
-_current = ALONE
+_current = ALONE  # of the run at hand
+_joined: Joined | None = None  # of this process: it can't leave and join once more
 
 
 class Joined(Ranks):
@@ -110,6 +114,8 @@ class Joined(Ranks):
         dist.init_process_group("gloo" if bound is None else "nccl", timeout=PATIENCE, device_id=bound)
         self._dist: Any = dist
         self._patient = dist.new_group(backend="gloo", timeout=LONG)
+        self._together = True  # until another one is lost
+        atexit.register(self._leave)
 
     def mine(self, rows: Tensor) -> Tensor:
         """See `Ranks.mine`: the parts are neighbouring rows, equally many."""
@@ -159,17 +165,17 @@ class Joined(Ranks):
     def explained(self, error: Exception) -> Exception:
         """See `Ranks.explained`."""
         told = isinstance(error, self._dist.DistError) or any(word in str(error) for word in LOST)
+        self._together = False
         if isinstance(error, RobopostError) or not (isinstance(error, RuntimeError) and told):
             return error
         return RobopostError(
             f"process {self.index} of {self.size} has lost another one, which has failed or was killed "
-            f"({str(error).splitlines()[0][:120]}). Fix: see its message; go on with resume=<run>"
+            f"({re.sub(SOURCE_LINE, '', str(error)).splitlines()[0][:120]}). Fix: see its message; go on with resume=<run>"
         )
 
-    def leave(self) -> None:
-        """All are done."""
-        self.wait()
-        self._dist.destroy_process_group()
+    def _leave(self) -> None:
+        if self._together:
+            self._dist.destroy_process_group()
 
 
 @contextmanager
@@ -179,7 +185,7 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
     Raises:
         ConfigError: `accel.fsdp` doesn't go with something else, or torchrun isn't there.
     """
-    global _current
+    global _current, _joined
     if _current is not ALONE or not config.accel.fsdp:
         count = os.environ.get("WORLD_SIZE", "1") if "TORCHELASTIC_RUN_ID" in os.environ else "1"
         if _current is ALONE and count != "1":
@@ -190,10 +196,11 @@ def join(config: TrainConfig) -> Iterator[Ranks]:
         yield _current
         return
     check(config)
-    _current = joined = Joined(config.device)
+    _joined = _joined or Joined(config.device)
+    _current = joined = _joined
     try:
         yield joined
-        joined.leave()
+        joined.wait()
     except Exception as error:
         raise joined.explained(error) from error
     finally:

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of a run with accel.fsdp: trains the jobs of a JSON file one after another, as torchrun starts it.
+"""One process of two with accel.fsdp: trains the jobs of a JSON file, lists of words, one after another.
 
-A job is {"words": [...], "die": {"rank": 1, "step": 3}}; what each process held is in <out>/held_<rank>.json then.
+What each process held lies in <out>/held_<rank>.json then. In the last job the second process is killed at step 7; the
+first runs it by the command line and ends with its exit code.
 """
 
 import json
@@ -12,16 +13,17 @@ from pathlib import Path
 
 import torch
 
+from robopost.cli import main as command_line
 from robopost.cli.train import resolve
 from robopost.loops import train
 from robopost.loops.ranks import join
 from robopost.loops.run import Run
 
 torch.set_num_threads(1)
-seen = {}
+seen = {"last": False}
 
 
-def watch(die):
+def watch():
     build, after = Run.build, Run.after
 
     def noted(self, *args):
@@ -29,7 +31,7 @@ def watch(die):
         return seen["algo"]
 
     def dying(self, step, *args):
-        if die and step == die["step"] and self.ranks.index == die["rank"]:
+        if seen["last"] and step == 7 and self.ranks.index == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return after(self, step, *args)
 
@@ -37,24 +39,25 @@ def watch(die):
 
 
 def held(algo):
-    optimizer = algo.optimizer.state.values()
     return {
         "all": sum(p.numel() for p in algo._flat.params),
         "weights": sum(p.numel() for p in algo._flat.shards),
         "gradients": sum(p.grad.numel() for p in algo._flat.shards),
-        "moments": sum(slots["exp_avg"].numel() for slots in optimizer),
+        "moments": sum(slots["exp_avg"].numel() for slots in algo.optimizer.state.values()),
         "average": sum(p.numel() for p in algo._ema_flat.shards) if getattr(algo, "ema", None) else 0,
     }
 
 
 def main(path):
-    jobs = json.loads(Path(path).read_text())
-    watch(jobs[0].get("die"))
-    with join(resolve(jobs[0]["words"])) as ranks:
-        for job in jobs:
-            folder = train(resolve(job["words"]))
+    *jobs, last = json.loads(Path(path).read_text())
+    watch()
+    with join(resolve(jobs[0])) as ranks:
+        for words in jobs:
+            folder = train(resolve(words))
             (folder / f"held_{ranks.index}.json").write_text(json.dumps(held(seen["algo"])))
+    seen["last"] = True
+    return command_line(["train", *last])
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    sys.exit(main(sys.argv[1]))
