@@ -168,9 +168,10 @@ class Joined(Ranks):
         self._together = False
         if isinstance(error, RobopostError) or not (isinstance(error, RuntimeError) and told):
             return error
+        said = re.sub(SOURCE_LINE, "", str(error)).splitlines()[0][:120]
         return RobopostError(
             f"process {self.index} of {self.size} has lost another one, which has failed or was killed "
-            f"({re.sub(SOURCE_LINE, '', str(error)).splitlines()[0][:120]}). Fix: see its message; go on with resume=<run>"
+            f"({said}). Fix: see its message; go on with resume=<run>"
         )
 
     def _leave(self) -> None:

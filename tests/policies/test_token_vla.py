@@ -89,6 +89,15 @@ def test_logits_are_the_action_columns_of_the_language_model_in_the_order_of_bin
         torch.testing.assert_close(got[:, bin_index], whole[:, policy.vocab - 1 - bin_index])
 
 
+def test_a_copy_runs_on_its_own_layers():
+    policy, obs = make(), observe()
+    twin, before = copy.deepcopy(policy), policy.logits(obs)
+    with torch.no_grad():
+        twin.language.model.layers[0].mlp.down_proj.weight.add_(1.0)
+    assert torch.equal(policy.logits(obs), before)
+    assert not torch.allclose(twin.logits(obs), before)
+
+
 def test_logits_outside_the_action_ids_change_nothing():
     policy, obs = make(), observe()
     before = policy.logits(obs)
