@@ -90,16 +90,16 @@ class Joined(Ranks):
     """One of the processes that torchrun has started, each with a device of its own.
 
     Raises:
-        ConfigError: more processes than devices.
+        ConfigError: the device is not available, or there are more processes than devices.
     """
 
     def __init__(self, device: str) -> None:
         import torch.distributed as dist
 
+        from robopost.loops.run import resolve_device
+
         self.index, self.size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        kind = (
-            torch.device(device).type if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        )
+        kind = resolve_device(device).type
         self.device = torch.device(kind)
         if kind == "cuda":
             local, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from robopost.algos.vla.grpo import GRPO, GRPOConfig
 from robopost.artefacts.checkpoint import latest, load_policy, load_tensors
 from robopost.compose import compose
 from robopost.data.batch import Spec
@@ -23,6 +24,7 @@ from robopost.data.store import EpisodeStore
 from robopost.errors import ConfigError, RobopostError
 from robopost.loops import train
 from robopost.loops.ranks import ALONE, TORCHRUN, Joined, check, check_batch
+from robopost.policies.tokens import TokenMLP, TokenMLPConfig
 
 pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
@@ -58,7 +60,7 @@ TOKENS = [
 CACHED = [*TOKENS, "algo=vla_opd_cached", "env=null"]
 PLAY = [*TOKENS, "env=Pendulum-v1", "env.num_envs=8", "env.max_steps=10", "loop.eval_episodes=2"]
 PLAY += ["algo.group=2", "algo.outcome=return", "algo.epochs=2", "loop.checkpoint_every=8"]
-GRPO = [*PLAY, "algo=grpo", "policy.normalise_obs=identity"]
+GROUPS = [*PLAY, "algo=grpo", "policy.normalise_obs=identity"]
 OPD = [*PLAY, "algo=vla_opd", "algo.reference=student_init", "algo.reward_scale=1.25", "algo.temperature=1.5"]
 OPD += ["algo.check_teacher=0", "algo.routing=none"]
 
@@ -182,8 +184,8 @@ def runs(tmp_path_factory):
         [*FLOW, swings, SHARDED, out("flow_half"), "loop.steps=3"],
         [f"resume={folder / 'flow_half'}", "loop.steps=6"],
         [*CACHED, swings, teacher, SHARDED, out("two_cached")],
-        [*GRPO, SHARDED, out("grpo"), "loop.steps=24"],
-        [*GRPO, SHARDED, out("grpo_half"), "loop.steps=16"],
+        [*GROUPS, SHARDED, out("grpo"), "loop.steps=24"],
+        [*GROUPS, SHARDED, out("grpo_half"), "loop.steps=16"],
         [f"resume={folder / 'grpo_half'}", "loop.steps=24"],
         [*OPD, teacher, SHARDED, out("opd"), "loop.steps=16"],
         [*endless, "env=null", swings, SHARDED, out("killed"), "loop.steps=100000"],
@@ -344,6 +346,24 @@ def test_batches_are_split_evenly():
             draws.append(float(torch.rand((), generator=generator)))
     assert draws[:2] == draws[4:]
     assert len(set(draws)) == 4
+
+
+@pytest.mark.parametrize("total", [0, 2, 7])
+def test_a_process_with_fewer_rows_takes_as_many_minibatches(total):
+    policy = TokenMLP(TokenMLPConfig(horizon=2, bins=8, hidden=[8]), PENDULUM)
+    draw = torch.Generator().manual_seed(0)
+    algo = GRPO(GRPOConfig(batch_size=4), policy, PENDULUM, device=torch.device("cpu"), generator=draw)
+    algo._flat.most = lambda parts: max(parts, 3)
+    rows = {"obs/state": torch.randn(total, 3), "valid": torch.ones(total, 2, 1, dtype=torch.bool)}
+    rows |= {"tokens": torch.zeros(total, 2, 1, dtype=torch.long), "old": torch.zeros(total, 2, 1)}
+    rows |= {"advantage": torch.ones(total), "mixed": torch.ones(total, dtype=torch.bool)}
+    parts = algo._minibatches(rows, total)
+    assert len(parts) == 3
+    assert sum(int(part["valid"][:, 0, 0].sum()) for part in parts) == total
+    for part in parts:
+        metrics = algo.minibatch_step(part)
+        assert torch.isfinite(metrics["grad/norm"])
+        assert bool(part["valid"].any()) == bool(metrics["grad/norm"] > 0)
 
 
 def test_only_losses_of_connections_are_explained():
