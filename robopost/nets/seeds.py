@@ -49,6 +49,11 @@ class StackedFlat:
         self._anchor: Tensor | None = None  # lets `clip` back in
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.data.device
+
+    @property
     def grad(self) -> Tensor:
         """(N * P,) the gradient the optimiser reads."""
         assert self.param.grad is not None

@@ -233,8 +233,10 @@ def test_uni_opd_moves_successes_and_failures_apart(teacher):
 
 
 @pytest.mark.parametrize("kind", [make_policy, ordered])
-def test_return_to_go_counts_what_follows_in_the_episode(kind, tmp_path):
-    if kind is ordered and "ordered" not in POLICIES:
+def test_return_to_go_counts_what_follows_in_the_episode(kind, tmp_path, monkeypatch):
+    if kind is ordered:
+        POLICIES.names()  # loads all of them: the copy that this test adds to must be whole
+        monkeypatch.setattr(POLICIES, "_entries", dict(POLICIES._entries))
         POLICIES.register("ordered", config=TokenConfig)(Ordered)
     expert = save(kind(5), tmp_path / "teacher")
     student = kind(1)
