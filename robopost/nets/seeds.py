@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from robopost.nets.flat import Flat, flattened
+from robopost.nets.flat import Flat, FlatAdam, flattened
 from robopost.nets.vectorise import escape
 
 
@@ -52,6 +52,10 @@ class StackedFlat:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.data.device
+
+    def optimizer(self, **options: Any) -> torch.optim.Adam:
+        """Adam over `param`."""
+        return FlatAdam([self.param], **options)
 
     @property
     def grad(self) -> Tensor:
