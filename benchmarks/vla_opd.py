@@ -6,11 +6,11 @@ parameters, chunks of 5 actions as 256-bin tokens. It begins with a backbone tha
 and where they are, not how to move (`sides/vla_backbone.py`).
 
 Old tasks: touch and lift a cube (6 instructions). New task: put a cube into a zone (8 instructions). The student is
-cloned from demonstrations of the old tasks and a handful of the new one, a seed gives demonstrations, student and
-rollouts. The teacher is cloned from many demonstrations of both. Then every method gets the same number of episodes of
-the new task, from the same student: distillation, GRPO and PPO play them themselves, SFT gets episodes of the teacher.
-Success counts greedy episodes from the same start states for every policy; forgetting is the drop of success on the old
-tasks. Intervals are Student's t over seeds.
+cloned from demonstrations of the old tasks, then for a while from as many of all tasks; a seed gives demonstrations,
+student and rollouts. The teacher is cloned from many demonstrations of both. Then every method gets the same number of
+episodes of the new task, from the same student: distillation and GRPO play them themselves, SFT gets episodes of the
+teacher. Success counts greedy episodes from the same start states for every policy; forgetting is the drop of success
+on the old tasks. Intervals are Student's t over seeds.
 
 Learning rates of all methods come from one sweep (cells `sweep/*`), on a student of a seed of its own and a quarter of
 the episodes; each method takes its best.
@@ -55,7 +55,7 @@ POINTS = (0.25, 0.5, 1.0)  # shares of the episodes after which policies are sav
 
 
 def student(seed, size):
-    """A policy that knows the old tasks and a little of the new one."""
+    """A policy that knows the old tasks and something of the new one."""
     start, _ = backbone(*size["backbone"])
     old = demos("old", OLD, size["old_demos"], seed)
     first = clone("old", start, old, size["old_updates"], seed)

@@ -51,7 +51,7 @@ def make_batch(seed=0, size=16):
 def test_every_policy_with_weights_of_its_own_is_covered():
     # No weights to clone into, a correction on another policy, one that needs a coefficient (test_famo2o.py), the step
     # of the episode (test_hnpg.py) or discrete actions (test_categorical.py).
-    # Those that need images: test_token_vla.py, test_flow_vla_training.py, tests/lerobot.
+    # Those that need images: test_token_vla_training.py, test_flow_vla_training.py, tests/lerobot.
     other = {"pretrained", "reference", "residual", "residual_gaussian", "family", "stepwise", "categorical"}
     other |= {"token_vla", "flow_vla", "lerobot"}
     assert {entry.name for entry in POLICIES} - other == set(CONFIGS)

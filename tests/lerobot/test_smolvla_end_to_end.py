@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A tiny SmolVLA on arm_language: recorded, exported, read back, cloned, distilled, merged, evaluated."""
 
-import importlib.util
 import json
 
 import numpy as np
@@ -99,11 +98,6 @@ def test_cloning_from_the_round_trip_learns(teacher, work):
     assert policy.obs_keys == ["image", "instruction", "state"]
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("robopost.algos.vla") is None
-    or importlib.util.find_spec("robopost.merging") is None,
-    reason="distillation and merging are not there",
-)
 def test_distilled_merged_evaluated_and_given_back(work, teacher):
     student = clone(work, "student", 4)
     run(

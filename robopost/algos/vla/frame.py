@@ -19,32 +19,43 @@ from robopost.nets.flat import adam, flat_of
 from robopost.policies.base import Policy
 from robopost.policies.tokens import TokenPolicy, taken
 
-SCORED = 512  # decisions whose log-probabilities are evaluated at once
+SCORED = 512  # decisions, or steps of a dataset, whose log-probabilities are evaluated at once
 
 
 @dataclass
-class EpisodesConfig(AlgoConfig):
-    """What the configs of methods that learn from whole episodes share."""
+class StepConfig(AlgoConfig):
+    """What the configs of all gradient steps on token policies share."""
 
-    episodes: int = 1  # per environment and rollout
-    group: int = 8  # neighbouring environments that play the same episode, a divisor of env.num_envs
-    batch_size: int = 128  # decisions of a minibatch, at most: an epoch is split evenly
-    epochs: int = 1
+    batch_size: int = 128  # decisions of a minibatch
     lr: float = 3e-4
     weight_decay: float = 0.01  # decoupled
     max_grad_norm: float = 1.0
     temperature: float = 0.0  # of sampling and of every log-probability, teachers' too; 0 = the policy's own
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "group", "batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"algo.{name}={getattr(self, name)} must be at least 1")
+        if self.batch_size < 1:
+            raise ConfigError(f"algo.batch_size={self.batch_size} must be at least 1")
         for name in ("lr", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"algo.{name}={getattr(self, name)} must be above 0")
         for name in ("weight_decay", "temperature"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"algo.{name}={getattr(self, name)} must be 0 or more")
+
+
+@dataclass
+class EpisodesConfig(StepConfig):
+    """What the configs of methods that learn from whole episodes share; minibatches split an epoch evenly."""
+
+    episodes: int = 1  # per environment and rollout
+    group: int = 8  # neighbouring environments that play the same episode, a divisor of env.num_envs
+    epochs: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("episodes", "group", "epochs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"algo.{name}={getattr(self, name)} must be at least 1")
 
 
 @dataclass

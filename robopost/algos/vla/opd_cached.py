@@ -18,45 +18,31 @@ from robopost.algos.vla.distill import (
     slot_losses,
     slot_metrics,
 )
-from robopost.algos.vla.frame import set_temperature, tokens_only
+from robopost.algos.vla.frame import SCORED, StepConfig, set_temperature, tokens_only
 from robopost.algos.vla.objectives import slot_mean
 from robopost.algos.vla.teachers import Teacher
-from robopost.config import AlgoConfig
 from robopost.data.batch import Batch, Spec, below
 from robopost.data.dataset import Dataset
-from robopost.errors import ConfigError, DataError
+from robopost.errors import DataError
 from robopost.nets.flat import adam, flat_of
 from robopost.policies.base import Policy
 from robopost.policies.tokens import TokenPolicy
 from robopost.registry import ALGOS
 
 log = logging.getLogger(__name__)
-SCORED = 512  # steps of the dataset that are scored at once
 OFF_CENTRE = 0.02  # of a bin's width: recorded actions that a token policy wrote lie closer to the centre
 
 
 @dataclass
-class CachedOPDConfig(DistillConfig, AlgoConfig):
+class CachedOPDConfig(DistillConfig, StepConfig):
     """Config of `CachedOPD`."""
 
     name: str = "vla_opd_cached"
-    batch_size: int = 128  # chunks of an update
-    lr: float = 3e-4
-    weight_decay: float = 0.01  # decoupled
-    max_grad_norm: float = 1.0
-    temperature: float = 0.0  # of every log-probability; 0 = the student's own
     teacher_dtype: str = "float16"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.check()
-        if self.batch_size < 1:
-            raise ConfigError(f"algo.batch_size={self.batch_size} must be at least 1")
-        for name in ("lr", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"algo.{name}={getattr(self, name)} must be above 0")
-        for name in ("weight_decay", "temperature"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"algo.{name}={getattr(self, name)} must be 0 or more")
 
 
 @ALGOS.register("vla_opd_cached", config=CachedOPDConfig)
